@@ -1,0 +1,1 @@
+"""The tenant's side: appraises. Verifier, registrar, guest agent, appraisal."""
