@@ -1,0 +1,149 @@
+"""One swtpm process on a state directory: start, readiness, stop, kill.
+
+Invariants:
+    1. `start` returns when swtpm accepts commands; TPM2_Startup is left to the caller (firmware does it, not the TPM).
+    2. swtpm does not outlive its parent, however that ends, where ``setpriv`` is installed (util-linux).
+
+Owner: the task that started it. `start` must be called in a thread that lives as long as the process shall (the main
+thread): the kernel sends the death signal when the *thread* that forked ends (prctl(2), PR_SET_PDEATHSIG).
+
+Spec: swtpm(8); tpm2-tss, TCTI swtpm: commands on ``PATH``, control channel on ``PATH.ctrl``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from asyncio.subprocess import DEVNULL, Process
+from pathlib import Path
+
+from harness.errors import SimulatorCrashed, SimulatorMissing
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes of a UNIX socket path (unix(7): 108 with the terminator); ``.ctrl`` is part of it."""
+_START_S = 10.0
+_STOP_S = 5.0
+_POLL_S = 0.005
+
+
+class SwtpmProcess:
+    """One swtpm.
+
+    Args:
+        state_dir: where swtpm keeps its state; made by `swtpm_setup`, or empty for a blank TPM.
+        socket: path for commands; the control channel is beside it.
+        log: swtpm's own log, appended to.
+    """
+
+    def __init__(self, state_dir: Path, socket: Path, log: Path) -> None:
+        self._state_dir = state_dir
+        self._socket = socket
+        self._log = log
+        self._process: Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None before the start."""
+        return self._process.pid if self._process else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def socket(self) -> Path:
+        """Path of the command socket."""
+        return self._socket
+
+    @property
+    def control(self) -> Path:
+        """Path of the control socket."""
+        return Path(f"{self._socket}.ctrl")
+
+    @property
+    def tcti(self) -> str:
+        """TCTI that reaches this TPM."""
+        return f"swtpm:path={self._socket}"
+
+    async def start(self) -> None:
+        """Starts swtpm and waits until it accepts connections.
+
+        Raises:
+            SimulatorMissing: swtpm is not installed.
+            SimulatorCrashed: it ended at once or was not ready in time; its log is named.
+
+        *Cancellation:* the process is killed.
+        """
+        if len(bytes(self.control)) > SOCKET_PATH_LIMIT:
+            raise SimulatorCrashed(f"socket path {self.control} is longer than {SOCKET_PATH_LIMIT} bytes")
+        swtpm = shutil.which("swtpm")
+        if swtpm is None:
+            raise SimulatorMissing("swtpm is not installed")
+        self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for leftover in (self._socket, self.control):
+            leftover.unlink(missing_ok=True)
+        setpriv = shutil.which("setpriv")
+        command = [setpriv, "--pdeathsig", "TERM", swtpm] if setpriv else [swtpm]
+        command += ["socket", "--tpm2", "--tpmstate", f"dir={self._state_dir}", "--flags", "not-need-init"]
+        command += ["--server", f"type=unixio,path={self._socket},mode=0600"]
+        command += ["--ctrl", f"type=unixio,path={self.control},mode=0600", "--log", f"file={self._log},level=1"]
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._until_ready(self._process)
+        except TimeoutError as error:
+            self.kill()
+            raise SimulatorCrashed(f"swtpm was not ready within {_START_S:g} s; see {self._log}") from error
+        except BaseException:
+            self.kill()
+            raise
+
+    async def _until_ready(self, process: Process) -> None:
+        while True:
+            if process.returncode is not None:
+                raise SimulatorCrashed(f"swtpm ended at once with code {process.returncode}; see {self._log}")
+            with contextlib.suppress(ConnectionError, FileNotFoundError):
+                _, writer = await asyncio.open_unix_connection(self._socket)
+                writer.close()
+                return
+            await asyncio.sleep(_POLL_S)  # swtpm has no readiness signal; the socket appears when it is ready
+
+    def kill(self) -> None:
+        """Ends the process as a power cut does: without a word to the TPM. `stop` afterwards reaps it."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Ends the process (SIGTERM, then SIGKILL) and waits for its end.
+
+        The TPM sees a power-off without TPM2_Shutdown unless the caller sent that first.
+
+        *Cancellation:* the process is killed.
+        """
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            self.kill()
+            await process.wait()
+        except BaseException:
+            self.kill()
+            raise
+
+    async def wait(self) -> int:
+        """Exit code, when the process has ended; no deadline, for a watching task.
+
+        *Cancellation:* the process goes on.
+        """
+        if self._process is None:
+            raise SimulatorCrashed("swtpm was not started")
+        return await self._process.wait()
