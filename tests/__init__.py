@@ -1,0 +1,1 @@
+"""Tests of the harness: unit, concurrency and e2e; see CONTRIBUTING.md."""

@@ -1,0 +1,1 @@
+"""Races, cancellation and overload, driven by a manual clock and pause points."""

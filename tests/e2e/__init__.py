@@ -1,0 +1,1 @@
+"""Real swtpms, real sockets, real processes."""

@@ -1,0 +1,1 @@
+"""Builders, fakes and checkers that several tests share."""

@@ -1,0 +1,31 @@
+"""What a test needs from the machine, and the rule for runs in which nothing ran."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Mapping
+
+
+def required(environ: Mapping[str, str]) -> frozenset[str]:
+    """Names in ``HARNESS_REQUIRE``: a comma-separated list of what must not be missing."""
+    return frozenset(name.strip() for name in environ.get("HARNESS_REQUIRE", "").split(",") if name.strip())
+
+
+@functools.cache
+def missing_for_swtpm() -> tuple[str, ...]:
+    """Programs and modules that tests with a real swtpm need and this machine lacks."""
+    programs = [name for name in ("swtpm", "swtpm_setup") if shutil.which(name) is None]
+    modules = [name for name in ("tpm2_pytss",) if importlib.util.find_spec(name) is None]
+    return (*programs, *modules)
+
+
+def skipped_everything(counts: Mapping[str, int]) -> bool:
+    """Whether tests were collected and none of them ran.
+
+    Args:
+        counts: number of reports by outcome, as pytest's terminal reporter keeps them.
+    """
+    ran = sum(counts.get(outcome, 0) for outcome in ("passed", "failed", "error", "xfailed", "xpassed"))
+    return ran == 0 and counts.get("skipped", 0) > 0

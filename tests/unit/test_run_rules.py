@@ -1,0 +1,107 @@
+"""The rules of conftest.py: what may be skipped, what must fail, and which run is not green."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support import requirements
+
+pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[2]
+
+NEEDS = """
+import pytest
+
+@pytest.mark.needs_swtpm
+def test_with_swtpm():
+    pass
+"""
+PLAIN = """
+def test_plain():
+    pass
+"""
+
+
+@pytest.fixture
+def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A test folder with this project's rules, on a machine without swtpm."""
+    requirements.missing_for_swtpm.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.delenv("HARNESS_REQUIRE", raising=False)
+    pytester.makeini("[pytest]\nmarkers = needs_swtpm: x\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    return pytester
+
+
+@pytest.fixture(autouse=True)
+def _probe_again() -> object:
+    yield
+    requirements.missing_for_swtpm.cache_clear()
+
+
+def test_a_test_that_needs_swtpm_is_skipped_with_the_reason(elsewhere: pytest.Pytester) -> None:
+    """On a laptop without swtpm the test is skipped, the reason names swtpm, and the others run."""
+    elsewhere.makepyfile(test_a=NEEDS, test_b=PLAIN)
+    result = elsewhere.runpytest_inprocess("-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*swtpm, swtpm_setup not found*"])
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_a_required_swtpm_that_is_missing_fails(elsewhere: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where HARNESS_REQUIRE names swtpm a missing swtpm is a failure, not a skip."""
+    monkeypatch.setenv("HARNESS_REQUIRE", "other, swtpm")
+    elsewhere.makepyfile(test_a=NEEDS, test_b=PLAIN)
+    result = elsewhere.runpytest_inprocess()
+    result.assert_outcomes(passed=1, errors=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_run_that_skipped_everything_is_not_green(elsewhere: pytest.Pytester) -> None:
+    """When every test was skipped the run fails and says so."""
+    elsewhere.makepyfile(test_a=NEEDS)
+    result = elsewhere.runpytest_inprocess()
+    result.stdout.fnmatch_lines(["every test was skipped*"])
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ({"skipped": 3}, True),
+        ({"skipped": 3, "passed": 1}, False),
+        ({"skipped": 3, "failed": 1}, False),
+        ({"skipped": 3, "error": 1}, False),
+        ({"deselected": 2}, False),
+        ({}, False),
+    ],
+)
+def test_what_counts_as_skipping_everything(counts: Mapping[str, int], verdict: bool) -> None:
+    """Only a run with skips and without any result counts as skipped as a whole."""
+    assert requirements.skipped_everything(counts) is verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [("", set()), ("swtpm", {"swtpm"}), (" swtpm , kvm,", {"swtpm", "kvm"})],
+)
+def test_required_names_are_a_comma_separated_list(value: str, names: set[str]) -> None:
+    """HARNESS_REQUIRE is a comma-separated list; blanks and empty entries do not count."""
+    assert requirements.required({"HARNESS_REQUIRE": value}) == names
+
+
+def test_the_rng_of_a_test_follows_from_its_name_and_the_seed(
+    rng: random.Random, request: pytest.FixtureRequest
+) -> None:
+    """Two generators made for the same test in the same run give the same numbers."""
+    again: random.Random = request.getfixturevalue("rng")
+    assert again is rng
+    from tests.conftest import SEED
+
+    assert random.Random(f"{SEED}:{request.node.nodeid}").random() == rng.random()
