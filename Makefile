@@ -1,0 +1,31 @@
+# The commands of this project; `make` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint coverage clean distclean
+
+BIN := .venv/bin
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: ## install what is missing: distribution packages, and .venv
+	@tools/setup.sh
+
+demo: setup ## two tenants attest their guests and the host below them (ARGS="--tamper host-kernel")
+	@$(BIN)/harness demo $(ARGS)
+
+test: setup ## lint, types, unit tests on every Python found, end-to-end tests (ARGS="-e py311")
+	@$(BIN)/python tools/pythons.py tox $(ARGS)
+
+lint: setup ## the quick checks: format, lint, types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+coverage: setup ## branch coverage of core, provider and tenant, each at least 90 %
+	@$(BIN)/python tools/pythons.py tox -e coverage
+
+clean: ## remove what tests and builds left behind; .venv stays
+	@rm -rf .tox build dist .coverage .coverage.* coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find harness tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	@rm -rf .venv *.egg-info

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Makes this clone ready: distribution packages, then .venv with the harness and its tools in it.
+#
+#   tools/setup.sh            everything that is missing
+#   tools/setup.sh --packages the distribution packages only
+#
+# Invariants:
+#   1. Nothing is installed that is there already, and a run with nothing to do takes well under a second.
+#   2. Nothing is asked: no standard input is read, and where rights are missing the command to run is printed.
+#   3. An interpreter or program counts as present only if it answered.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+
+VENV=.venv
+READY=$VENV/.ready
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 2; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# --- distribution packages ---------------------------------------------------------------------------------------
+
+# Prints what is missing, as `apt-name dnf-name`, one package a line.
+missing_packages() {
+    have swtpm || echo 'swtpm swtpm'
+    have swtpm_setup || echo 'swtpm-tools swtpm-tools'
+    have tpm2_pcrread || echo 'tpm2-tools tpm2-tools'
+    have gcc || echo 'gcc gcc'
+    have make || echo 'make make'
+    have pkg-config || echo 'pkg-config pkgconf-pkg-config'
+    pkg-config --exists tss2-esys tss2-fapi 2>/dev/null || echo 'libtss2-dev tpm2-tss-devel'
+    [ -e /usr/include/stdio.h ] || echo 'libc6-dev glibc-devel'
+    has_python || printf 'python3 python3\npython3-venv python3\npython3-dev python3-devel\n'
+}
+
+# Whether an interpreter exists from which .venv was made, or can be made, and tpm2-pytss compiled.
+has_python() {
+    venv_is_ready && return 0
+    local python
+    python=$(choose_python) && [ -n "$python" ] &&
+        "$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' 2>/dev/null
+}
+
+# Prints the interpreter for .venv; the probe itself runs on whatever Python answers.
+choose_python() {
+    local any
+    for any in python3 /usr/bin/python3; do
+        if "$any" -c '' >/dev/null 2>&1; then
+            "$any" tools/pythons.py best
+            return
+        fi
+    done
+    return 1
+}
+
+# Runs a command with the rights to install packages.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif have sudo && sudo -n true 2>/dev/null; then
+        sudo -n "$@"
+    elif have sudo && [ -t 2 ] && [ -r /dev/tty ]; then
+        say "sudo is needed to install packages"
+        sudo "$@" </dev/tty
+    else
+        fail "packages are missing and there is no right to install them; run as root: $*"
+    fi
+}
+
+install_packages() {
+    local missing names
+    missing=$(missing_packages)
+    [ -n "$missing" ] || return 0
+    if have apt-get; then
+        names=$(cut -d' ' -f1 <<<"$missing" | sort -u | tr '\n' ' ')
+        say "installing with apt-get: $names"
+        # One root shell: one password at most. The list is ours, not a user's.
+        as_root env DEBIAN_FRONTEND=noninteractive sh -c \
+            "apt-get -qq update && apt-get -qq install -y --no-install-recommends $names"
+    elif have dnf; then
+        names=$(cut -d' ' -f2 <<<"$missing" | sort -u | tr '\n' ' ')
+        say "installing with dnf: $names"
+        as_root sh -c "dnf -q -y install $names"
+    else
+        fail "missing, and neither apt-get nor dnf is here to install them: $(cut -d' ' -f1 <<<"$missing" | tr '\n' ' ')"
+    fi
+    missing=$(missing_packages)
+    [ -z "$missing" ] || fail "still missing after the installation: $(cut -d' ' -f1 <<<"$missing" | tr '\n' ' ')"
+}
+
+# --- the virtual environment -------------------------------------------------------------------------------------
+
+# What .venv was made from: another list of packages, or a clone that was moved, makes it anew.
+wanted() { { pwd; cat pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1; }
+
+venv_is_ready() {
+    [ -r "$READY" ] && [ "$(cat "$READY")" = "$(wanted)" ] && "$VENV/bin/python" -c '' 2>/dev/null
+}
+
+# Whether .venv works and was made here: its scripts name their interpreter by the folder's full path.
+venv_is_ours() {
+    "$VENV/bin/python" -c 'import pip' 2>/dev/null && head -n 1 "$VENV/bin/pip" | grep -qF "#!$PWD/$VENV/bin/python"
+}
+
+make_venv() {
+    venv_is_ready && return 0
+    local python
+    python=$(choose_python) || fail "no usable Python 3.11 or newer was found; install one with its venv module"
+    if ! venv_is_ours; then
+        say "creating $VENV with $python"
+        "$python" -m venv --clear "$VENV"
+    fi
+    say "installing the harness into $VENV (tpm2-pytss is compiled: a minute or two the first time)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+        -c constraints.txt -e '.[tpm,merklelib,dev]' >&2 ||
+        fail "pip could not install the harness; its message is above"
+    wanted >"$READY"
+    say "ready: $("$VENV/bin/python" -V), $VENV/bin/harness"
+}
+
+install_packages
+[ "${1:-}" = --packages ] || make_venv
