@@ -357,5 +357,5 @@ class GuestDidNotStart(SimulationError):
     """A guest could not be defined, manufactured or started."""
 
 
-class IllegalTransition(Exception):  # noqa: N818 - named as in the state table; a bug, not a handled error
+class IllegalTransition(Exception):
     """The session saw an event that its state does not allow: a bug of ours. The state is unchanged."""

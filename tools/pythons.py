@@ -122,7 +122,7 @@ def table(chosen: dict[tuple[int, int], Interpreter]) -> list[str]:
 
 def run_tox(chosen: dict[tuple[int, int], Interpreter], arguments: Sequence[str]) -> int:
     """Run tox with these interpreters; the closing lines say which versions it could use."""
-    discover = [part for interpreter in chosen.values() for part in ("--discover", interpreter.path)]
+    discover = ["--discover", *(interpreter.path for interpreter in chosen.values())] if chosen else []
     tox = [sys.executable, "-m", "tox", "run", *discover, *arguments]
     status = subprocess.run(tox, check=False).returncode
     print("\n".join(["", *table(chosen)]), flush=True)

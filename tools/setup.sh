@@ -113,7 +113,7 @@ make_venv() {
         "$python" -m venv --clear "$VENV"
     fi
     say "installing the harness into $VENV (tpm2-pytss is compiled: a minute or two the first time)"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check \
         -c constraints.txt -e '.[tpm,merklelib,dev]' >&2 ||
         fail "pip could not install the harness; its message is above"
     wanted >"$READY"
