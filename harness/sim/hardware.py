@@ -1,0 +1,282 @@
+"""A simulated hardware TPM: swtpm, its measured boot, and the chip's latency, in one process.
+
+Clients use ``socket`` like any swtpm. A second socket takes one JSON object per line, and answers with one:
+
+* ``{"op": "status"}``
+* ``{"op": "power_cycle", "scenario": NAME or PATH, "orderly": true}`` (both optional; orderly by default)
+* ``{"op": "faults", "plan": [...]}``: the fault plan from now on (`faults`)
+
+Invariants:
+    1. No client reaches the TPM between power-on and the end of the measured boot.
+    2. A power cycle replays the whole scenario from PCRs at zero; only an orderly one sends TPM2_Shutdown(CLEAR) first.
+    3. When swtpm ends by itself the service ends with `SimulatorCrashed`; a start of the service is a power-on.
+
+Owner: one task, `HardwareTpm.run`; power cycles are made one after the other.
+
+Spec: TPM 2.0 Part 1, 12.2.3 (startup); DESIGN 5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import functools
+import json
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from harness.errors import ConfigError, HarnessError, SimulatorCrashed
+from harness.sim.boot import Scenario, replay
+from harness.sim.faults import FaultInjector, parse_plan
+from harness.sim.profiles import load_profile
+from harness.sim.swtpm import manufacture
+from harness.sim.tpm_proxy import TpmProxy
+from harness.sim.unix_server import UnixServer
+from harness.sim.vendor import EK_CERTIFICATE_RSA2048, open_vendor
+from harness.swtpm import SwtpmProcess
+from harness.tpm import Tpm
+
+_REQUEST_S = 60.0
+
+
+class HardwareSettings(Protocol):
+    """What a hardware TPM needs to know; `harness.config` has the settings file."""
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the TPM lives; a new one is made there when there is none."""
+
+    @property
+    def socket(self) -> Path:
+        """Command socket for clients; the control channel of the TCTI is at ``<socket>.ctrl``."""
+
+    @property
+    def control(self) -> Path:
+        """Socket for power cycles and faults."""
+
+    @property
+    def chip(self) -> str:
+        """Name or path of a latency profile."""
+
+    @property
+    def scenario(self) -> str:
+        """Name or path of the measured boot."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the latencies."""
+
+    @property
+    def vendor_ca(self) -> Path:
+        """Folder of the simulated vendor, made when there is none."""
+
+
+class HardwareTpm:
+    """The device. Used as an async context manager: powered on inside, orderly off at the end.
+
+    Args:
+        settings: where it lives and what it is.
+    """
+
+    def __init__(self, settings: HardwareSettings) -> None:
+        self._vendor_ca = settings.vendor_ca
+        self._profile = load_profile(settings.chip)
+        self._scenario = Scenario.load(settings.scenario)
+        self._state = settings.state_dir / "tpm"
+        back = settings.state_dir / "back"
+        self._swtpm = SwtpmProcess(self._state, back, settings.state_dir / "swtpm.log")
+        self._proxy = TpmProxy(settings.socket, back, self._profile, seed=settings.seed)
+        self._power = asyncio.Lock()
+        self._power_cycles = 0
+        self._watch: asyncio.Task[None] | None = None
+        self._crashed = asyncio.Event()
+
+    @property
+    def tcti(self) -> str:
+        """TCTI for clients."""
+        return self._proxy.tcti
+
+    async def __aenter__(self) -> HardwareTpm:
+        try:
+            if not self._state.exists():
+                await manufacture(self._state)
+            await self._proxy.hold(cut=False)
+            await self._proxy.start()
+            await self._power_on()
+        except BaseException:
+            await self._power_off(orderly=False)
+            await self._proxy.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            async with self._power:
+                await self._proxy.hold(cut=False)
+                await self._power_off(orderly=not self._crashed.is_set())
+        finally:
+            await self._proxy.stop()
+
+    async def power_cycle(self, *, scenario: str | None = None, orderly: bool = True) -> None:
+        """Switches the host off and on; returns when the measured boot is done and clients go on.
+
+        Args:
+            scenario: what boots from now on; the same as before when None.
+            orderly: the operating system shuts down: TPM2_Shutdown(CLEAR) is sent first. Else power is cut: the command
+                in flight is lost, and the TPM's clock is not safe for a while (a new boot, TPM 2.0 Part 1, 36.3.2).
+
+        Raises:
+            ConfigError: the scenario cannot be used; nothing has happened.
+            SimulationError, TpmError: the TPM did not come up; clients are held back.
+
+        *Cancellation:* the TPM may be off, and clients held back, until the next power cycle.
+        """
+        boots = self._scenario if scenario is None else Scenario.load(scenario)
+        async with self._power:
+            await self._proxy.hold(cut=not orderly)
+            await self._power_off(orderly=orderly)
+            self._scenario = boots
+            await self._power_on()
+            self._power_cycles += 1
+
+    def set_faults(self, plan: object) -> None:
+        """Sets the fault plan from plain data (`parse_plan`); a fault in progress goes on.
+
+        Raises:
+            ConfigError: not a fault plan.
+        """
+        self._proxy.faults = FaultInjector(parse_plan(plan))
+
+    def status(self) -> dict[str, object]:
+        """State in plain data."""
+        return {
+            "chip": self._profile.name,
+            "scenario": self._scenario.name,
+            "power_cycles": self._power_cycles,
+            "commands": self._proxy.commands,
+            "held": self._proxy.held,
+            "swtpm_pid": self._swtpm.pid if self._swtpm.running else None,
+        }
+
+    async def until_crash(self) -> None:
+        """Waits until swtpm ends by itself.
+
+        Raises:
+            SimulatorCrashed: always, when it has happened.
+
+        *Cancellation:* the TPM goes on.
+        """
+        await self._crashed.wait()
+        raise SimulatorCrashed("swtpm of the hardware TPM ended by itself; see swtpm.log in its state folder")
+
+    async def _power_on(self) -> None:
+        await self._swtpm.start()
+        async with await Tpm.open(self._swtpm.tcti) as tpm:
+            await tpm.startup()
+            await replay(self._scenario, tpm)
+            if await tpm.nv_read(EK_CERTIFICATE_RSA2048) is None:
+                now = datetime.datetime.now(datetime.UTC)
+                vendor = open_vendor(self._vendor_ca, name=f"Simulated TPM vendor {self._vendor_ca.name}", now=now)
+                await vendor.equip(tpm, self._profile.tpm, now=now)
+        self._watch = asyncio.create_task(self._watch_swtpm())
+        self._proxy.release()
+
+    async def _power_off(self, *, orderly: bool) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            self._watch = None
+        if orderly and self._swtpm.running:
+            # A TPM that does not take the command any more loses power all the same.
+            with contextlib.suppress(HarnessError):
+                async with await Tpm.open(self._swtpm.tcti, timeout_s=5) as tpm:
+                    await tpm.shutdown()
+        else:
+            self._swtpm.kill()
+        await self._swtpm.stop()
+
+    async def _watch_swtpm(self) -> None:
+        await self._swtpm.wait()
+        self._crashed.set()
+
+
+class HardwareTpmService:
+    """The device with its control socket, as a service.
+
+    Args:
+        settings: as for `HardwareTpm`.
+    """
+
+    def __init__(self, settings: HardwareSettings) -> None:
+        self._settings = settings
+
+    async def run(self, sock: object = None) -> None:
+        """Serves until it is cancelled.
+
+        Args:
+            sock: not used: the sockets are those of the settings.
+
+        Raises:
+            ConfigError: chip or scenario cannot be used.
+            SimulatorCrashed: swtpm ended by itself.
+            SimulationError, TpmError: the TPM did not come up.
+
+        *Cancellation:* the TPM is switched off in order.
+        """
+        async with HardwareTpm(self._settings) as tpm:
+            control = UnixServer(self._settings.control, functools.partial(_serve_control, tpm))
+            try:
+                await control.start()
+                await tpm.until_crash()
+            finally:
+                await control.stop()
+
+
+async def run_hardware_tpm(settings: HardwareSettings) -> None:
+    """Runs the service; see `HardwareTpmService.run`."""
+    await HardwareTpmService(settings).run()
+
+
+async def _serve_control(tpm: HardwareTpm, reader: StreamReader, writer: StreamWriter) -> None:
+    while line := await reader.readline():
+        writer.write(json.dumps(await _answer(line, tpm)).encode() + b"\n")
+        await writer.drain()
+
+
+async def _answer(line: bytes, tpm: HardwareTpm) -> dict[str, object]:
+    try:
+        async with asyncio.timeout(_REQUEST_S):
+            await _carry_out(_request(line), tpm)
+        return tpm.status()
+    except HarnessError as error:
+        return {"error": type(error).__name__, "detail": error.detail}
+    except TimeoutError:
+        return {"error": "DeadlineExceeded", "detail": f"not done within {_REQUEST_S:g} s"}
+
+
+def _request(line: bytes) -> Mapping[str, object]:
+    try:
+        request = json.loads(line)
+    except ValueError as error:
+        raise ConfigError("a request is one JSON object per line") from error
+    if not isinstance(request, dict):
+        raise ConfigError("a request is one JSON object per line")
+    return request
+
+
+async def _carry_out(request: Mapping[str, object], tpm: HardwareTpm) -> None:
+    match request:
+        case {"op": "status", **rest} if not rest:
+            return
+        case {"op": "faults", "plan": plan, **rest} if not rest:
+            tpm.set_faults(plan)
+        case {"op": "power_cycle", **rest} if rest.keys() <= {"scenario", "orderly"}:
+            scenario, orderly = rest.get("scenario"), rest.get("orderly", True)
+            if not (scenario is None or isinstance(scenario, str)) or not isinstance(orderly, bool):
+                raise ConfigError("power_cycle: scenario is a string, orderly is true or false")
+            await tpm.power_cycle(scenario=scenario, orderly=orderly)
+        case _:
+            raise ConfigError('"op" is status, power_cycle (scenario, orderly) or faults (plan)')

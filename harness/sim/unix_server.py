@@ -1,0 +1,85 @@
+"""A UNIX socket server that owns the tasks of its clients.
+
+Invariants:
+    1. After `stop` no client task runs and every connection is closed.
+    2. A client that goes away, or does not speak the protocol, ends its own connection only.
+
+Owner: the task that started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from harness.errors import MalformedMessage, SimulationError
+from harness.swtpm import SOCKET_PATH_LIMIT
+
+_LINE_LIMIT = 64 * 1024
+
+
+class UnixServer:
+    """One listening socket, mode 0600.
+
+    Args:
+        path: of the socket; what is there is replaced.
+        serve: serves one client until it ends; its connection is closed for it.
+    """
+
+    def __init__(self, path: Path, serve: Callable[[StreamReader, StreamWriter], Coroutine[Any, Any, None]]) -> None:
+        self._path = path
+        self._serve = serve
+        self._clients: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Accepts clients.
+
+        Raises:
+            SimulationError: the socket cannot be made there.
+
+        *Cancellation:* call `stop`.
+        """
+        if len(bytes(self._path)) > SOCKET_PATH_LIMIT:
+            raise SimulationError(f"socket path {self._path} is longer than {SOCKET_PATH_LIMIT} bytes")
+        self._clear()
+        try:
+            self._server = await asyncio.start_unix_server(self._accept, self._path, limit=_LINE_LIMIT)
+            self._protect()
+        except OSError as error:
+            raise SimulationError(f"socket {self._path} cannot be made: {error.strerror}") from error
+
+    async def stop(self) -> None:
+        """Closes the socket and cuts all clients off.
+
+        *Cancellation:* clients are being cut off all the same.
+        """
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._clear()
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
+    def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._client(reader, writer))
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
+
+    async def _client(self, reader: StreamReader, writer: StreamWriter) -> None:
+        try:
+            await self._serve(reader, writer)
+        except (OSError, EOFError, ValueError, MalformedMessage):
+            pass  # either side has gone or does not speak the protocol (ValueError: a line above the limit)
+        finally:
+            writer.close()
+
+    def _clear(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _protect(self) -> None:
+        self._path.chmod(0o600)
