@@ -1,0 +1,73 @@
+"""What commands print: tables and progress for people, JSON for programs.
+
+Invariants:
+    1. rich is imported when something is drawn, never at import: `harness --help` and `--json` do not pay for more.
+    2. ``NO_COLOR`` is honoured, and a stream that is no terminal gets no control sequences and no line breaks that
+       depend on a width.
+    3. Progress goes to standard error, results to standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPE_WIDTH = 200
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """Rich console on a stream (default: standard output as it is now)."""
+    from rich.console import Console
+
+    stream = stream or sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on one line, for programs."""
+    print(json.dumps(value, ensure_ascii=False, separators=(", ", ": ")), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+    """Print a table.
+
+    Args:
+        columns: headings.
+        rows: cells as text, shown as they are; a cell that starts with ``ok`` or ``missing`` is coloured.
+        empty: the sentence to print when there are no rows.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        print(empty)
+        return
+    out = console()
+    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
+    out.print(table)
+
+
+def _style(cell: str) -> str:
+    word = cell.split(" ")[0]
+    return {"ok": "green", "accepted": "green", "missing": "bold red", "refused": "bold red"}.get(word, "")
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show that something takes its time: a spinner on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with console(sys.stderr).status(text):
+        yield
