@@ -189,16 +189,20 @@ class TpmProxy:
 
     async def _serve_control(self, reader: StreamReader, writer: StreamWriter) -> None:
         await self._released.wait()
+        # Bounded as a whole: swtpm serves one control connection at a time, and an idle client would keep it.
         async with asyncio.timeout(_BACKEND_S):
             back_reader, back_writer = await asyncio.open_unix_connection(Path(f"{self._back}.ctrl"))
-        pumps = [asyncio.ensure_future(_pump(reader, back_writer)), asyncio.ensure_future(_pump(back_reader, writer))]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            back_writer.close()
+            pumps = [
+                asyncio.ensure_future(_pump(reader, back_writer)),
+                asyncio.ensure_future(_pump(back_reader, writer)),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+                back_writer.close()
 
 
 async def _sleep_until(when: float) -> None:
