@@ -63,7 +63,7 @@ def probe(command: str) -> Interpreter | None:
             check=True,
         )
         path, major, minor, has_headers = json.loads(ran.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, TypeError, ValueError, subprocess.SubprocessError):
         return None
     return Interpreter(str(path), (int(major), int(minor)), bool(has_headers))
 
