@@ -1,10 +1,6 @@
 """A simulated hardware TPM: swtpm, its measured boot, and the chip's latency, in one process.
 
-Clients use ``socket`` like any swtpm. A second socket takes one JSON object per line, and answers with one:
-
-* ``{"op": "status"}``
-* ``{"op": "power_cycle", "scenario": NAME or PATH, "orderly": true}`` (both optional; orderly by default)
-* ``{"op": "faults", "plan": [...]}``: the fault plan from now on (`faults`)
+Clients use ``socket`` like any swtpm. A second socket is for power cycles and faults (`control`).
 
 Invariants:
     1. No client reaches the TPM between power-on and the end of the measured boot.
@@ -22,14 +18,12 @@ import asyncio
 import contextlib
 import datetime
 import functools
-import json
-from asyncio import StreamReader, StreamWriter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from harness.errors import ConfigError, HarnessError, SimulatorCrashed
+from harness.errors import HarnessError, SimulatorCrashed
 from harness.sim.boot import Scenario, replay
+from harness.sim.control import serve_control
 from harness.sim.faults import FaultInjector, parse_plan
 from harness.sim.profiles import load_profile
 from harness.sim.swtpm import manufacture
@@ -38,8 +32,6 @@ from harness.sim.unix_server import UnixServer
 from harness.sim.vendor import EK_CERTIFICATE_RSA2048, open_vendor
 from harness.swtpm import SwtpmProcess
 from harness.tpm import Tpm
-
-_REQUEST_S = 60.0
 
 
 class HardwareSettings(Protocol):
@@ -227,7 +219,7 @@ class HardwareTpmService:
         *Cancellation:* the TPM is switched off in order.
         """
         async with HardwareTpm(self._settings) as tpm:
-            control = UnixServer(self._settings.control, functools.partial(_serve_control, tpm))
+            control = UnixServer(self._settings.control, functools.partial(serve_control, tpm))
             try:
                 await control.start()
                 await tpm.until_crash()
@@ -238,45 +230,3 @@ class HardwareTpmService:
 async def run_hardware_tpm(settings: HardwareSettings) -> None:
     """Runs the service; see `HardwareTpmService.run`."""
     await HardwareTpmService(settings).run()
-
-
-async def _serve_control(tpm: HardwareTpm, reader: StreamReader, writer: StreamWriter) -> None:
-    while line := await reader.readline():
-        writer.write(json.dumps(await _answer(line, tpm)).encode() + b"\n")
-        await writer.drain()
-
-
-async def _answer(line: bytes, tpm: HardwareTpm) -> dict[str, object]:
-    try:
-        async with asyncio.timeout(_REQUEST_S):
-            await _carry_out(_request(line), tpm)
-        return tpm.status()
-    except HarnessError as error:
-        return {"error": type(error).__name__, "detail": error.detail}
-    except TimeoutError:
-        return {"error": "DeadlineExceeded", "detail": f"not done within {_REQUEST_S:g} s"}
-
-
-def _request(line: bytes) -> Mapping[str, object]:
-    try:
-        request = json.loads(line)
-    except ValueError as error:
-        raise ConfigError("a request is one JSON object per line") from error
-    if not isinstance(request, dict):
-        raise ConfigError("a request is one JSON object per line")
-    return request
-
-
-async def _carry_out(request: Mapping[str, object], tpm: HardwareTpm) -> None:
-    match request:
-        case {"op": "status", **rest} if not rest:
-            return
-        case {"op": "faults", "plan": plan, **rest} if not rest:
-            tpm.set_faults(plan)
-        case {"op": "power_cycle", **rest} if rest.keys() <= {"scenario", "orderly"}:
-            scenario, orderly = rest.get("scenario"), rest.get("orderly", True)
-            if not (scenario is None or isinstance(scenario, str)) or not isinstance(orderly, bool):
-                raise ConfigError("power_cycle: scenario is a string, orderly is true or false")
-            await tpm.power_cycle(scenario=scenario, orderly=orderly)
-        case _:
-            raise ConfigError('"op" is status, power_cycle (scenario, orderly) or faults (plan)')

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness.attest import Attest, parse_attest
 from harness.certificates import verify_ek_chain
 
+from harness.attest import Attest, parse_attest
 from harness.errors import CertificateRefused, ConfigError, SimulationError, SimulatorCrashed
 from harness.sim.boot import Scenario, reference_values
+from harness.sim.control import ask
 from harness.sim.hardware import HardwareTpm, HardwareTpmService
 from harness.sim.swtpm import CreateCerts, manufacture
 from harness.sim.vendor import EK_CERTIFICATE_CHAIN, EK_CERTIFICATE_RSA2048, EK_HANDLE, ROOT_CERTIFICATE, open_vendor
@@ -200,9 +201,14 @@ async def test_control_socket(settings: DeviceSettings) -> None:
         answer = await control.ask(bad)
         assert answer["error"] == "ConfigError", bad
         assert answer["detail"]
+    assert (await ask(settings.control, {"op": "status"}))["power_cycles"] == 1
+    with pytest.raises(SimulationError, match="refused: ConfigError"):
+        await ask(settings.control, {"op": "explode"})
     service.cancel()
     await asyncio.gather(service, return_exceptions=True)
     assert not settings.control.exists()
+    with pytest.raises(SimulationError, match="cannot be reached"):
+        await ask(settings.control, {"op": "status"})
 
 
 async def test_death_of_swtpm_ends_the_service(settings: DeviceSettings) -> None:

@@ -1,0 +1,113 @@
+"""Control of a simulated hardware TPM: one JSON object per line on a UNIX socket, one as answer.
+
+* ``{"op": "status"}``
+* ``{"op": "power_cycle", "scenario": NAME or PATH, "orderly": true}`` (both optional; orderly by default)
+* ``{"op": "faults", "plan": [...]}``: the fault plan from now on (`faults`)
+
+The answer is the device's status, or ``{"error": NAME, "detail": SENTENCE}``.
+
+Invariants:
+    1. A request that is not understood completely does nothing.
+
+Spec: DESIGN 5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from harness.errors import ConfigError, DeadlineExceeded, HarnessError, SimulationError
+
+_REQUEST_S = 60.0
+
+
+class Device(Protocol):
+    """What can be controlled; see `harness.sim.hardware.HardwareTpm`."""
+
+    async def power_cycle(self, *, scenario: str | None = None, orderly: bool = True) -> None:
+        """Switches the host off and on."""
+
+    def set_faults(self, plan: object) -> None:
+        """Sets the fault plan."""
+
+    def status(self) -> dict[str, object]:
+        """State in plain data."""
+
+
+async def ask(control: Path, request: Mapping[str, object]) -> dict[str, object]:
+    """Status of the device behind this socket after it has carried a request out.
+
+    Raises:
+        SimulationError: the device is not there, or it refused (its own words are in the text).
+        DeadlineExceeded: no answer within a minute and a half.
+
+    *Cancellation:* the device carries on with the request.
+    """
+    try:
+        async with asyncio.timeout(1.5 * _REQUEST_S):
+            reader, writer = await asyncio.open_unix_connection(control)
+            try:
+                writer.write(json.dumps(request).encode() + b"\n")
+                answer = json.loads(await reader.readline() or b"null")
+            finally:
+                writer.close()
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"the device at {control} did not answer") from error
+    except (OSError, ValueError) as error:
+        raise SimulationError(f"the device at {control} cannot be reached: {error}") from error
+    if not isinstance(answer, dict):
+        raise SimulationError(f"the device at {control} stopped before it answered")
+    if "error" in answer:
+        raise SimulationError(f"the device refused: {answer['error']}: {answer.get('detail')}")
+    return answer
+
+
+async def serve_control(device: Device, reader: StreamReader, writer: StreamWriter) -> None:
+    """Serves one client of the control socket until it leaves.
+
+    *Cancellation:* a power cycle may be half done.
+    """
+    while line := await reader.readline():
+        writer.write(json.dumps(await _answer(line, device)).encode() + b"\n")
+        await writer.drain()
+
+
+async def _answer(line: bytes, device: Device) -> dict[str, object]:
+    try:
+        async with asyncio.timeout(_REQUEST_S):
+            await _carry_out(_request(line), device)
+        return device.status()
+    except HarnessError as error:
+        return {"error": type(error).__name__, "detail": error.detail}
+    except TimeoutError:
+        return {"error": "DeadlineExceeded", "detail": f"not done within {_REQUEST_S:g} s"}
+
+
+def _request(line: bytes) -> Mapping[str, object]:
+    try:
+        request = json.loads(line)
+    except ValueError as error:
+        raise ConfigError("a request is one JSON object per line") from error
+    if not isinstance(request, dict):
+        raise ConfigError("a request is one JSON object per line")
+    return request
+
+
+async def _carry_out(request: Mapping[str, object], device: Device) -> None:
+    match request:
+        case {"op": "status", **rest} if not rest:
+            return
+        case {"op": "faults", "plan": plan, **rest} if not rest:
+            device.set_faults(plan)
+        case {"op": "power_cycle", **rest} if rest.keys() <= {"scenario", "orderly"}:
+            scenario, orderly = rest.get("scenario"), rest.get("orderly", True)
+            if not (scenario is None or isinstance(scenario, str)) or not isinstance(orderly, bool):
+                raise ConfigError("power_cycle: scenario is a string, orderly is true or false")
+            await device.power_cycle(scenario=scenario, orderly=orderly)
+        case _:
+            raise ConfigError('"op" is status, power_cycle (scenario, orderly) or faults (plan)')
