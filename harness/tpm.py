@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tpm2_pytss as tss  # type: ignore[import-untyped]
 from tpm2_pytss import ESYS_TR
 
+from harness.attest import Public, parse_public
 from harness.errors import CapabilityMissing, DeviceFault
 from harness.tpm_connection import Connection
 from harness.tpm_templates import KeyTemplate
@@ -35,7 +36,6 @@ from harness.values import HashAlg, PcrSelection
 from harness.worker import CallThread
 
 if TYPE_CHECKING:
-    from harness.attest import Public
     from harness.credential import Credential
 
 __all__ = ["KeyTemplate", "Tpm"]
@@ -214,8 +214,6 @@ class Tpm:
             tpm.forget(handle)
             found = _present(tpm, handle)
             return None if found is None else bytes(tpm.do("read_public", found)[0].marshal())
-
-        from harness.attest import parse_public
 
         marshalled = await self._run(call)
         return None if marshalled is None else parse_public(marshalled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import datetime
 import json
 import os
@@ -17,15 +18,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from harness.certificates import verify_ek_chain
 
 from harness.attest import Attest, parse_attest
-from harness.errors import CertificateRefused, ConfigError, SimulationError, SimulatorCrashed
+from harness.errors import CertificateRefused, ConfigError, SimulationError, SimulatorCrashed, SimulatorMissing
 from harness.sim.boot import Scenario, reference_values
 from harness.sim.control import ask
 from harness.sim.hardware import HardwareTpm, HardwareTpmService
+from harness.sim.profiles import load_profile
 from harness.sim.swtpm import CreateCerts, manufacture
 from harness.sim.vendor import EK_CERTIFICATE_CHAIN, EK_CERTIFICATE_RSA2048, EK_HANDLE, ROOT_CERTIFICATE, open_vendor
+from harness.swtpm import SwtpmProcess
 from harness.tpm import KeyTemplate, Tpm
 from harness.values import HashAlg, PcrSelection
-from tests.support.tpms import AUTH, PCRS_0_TO_7, DeviceSettings, short_folder
+from tests.support.tpms import AUTH, PCRS_0_TO_7, DeviceSettings, blank_swtpm, short_folder
 
 pytestmark = pytest.mark.needs_swtpm
 
@@ -249,3 +252,42 @@ def test_vendor_is_made_once_and_kept(settings: DeviceSettings) -> None:
     (folder / "issuing.pem").unlink()
     with pytest.raises(SimulationError):
         open_vendor(folder, name="V", now=NOW)
+
+
+def test_processes_that_make_a_vendor_at_once_agree(settings: DeviceSettings) -> None:
+    """Many callers that find no vendor all end with the same one, and nothing else is left in the folder."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: open_vendor(settings.vendor_ca, name="V", now=NOW), range(16)))
+    assert len({vendor.root.serial_number for vendor in made}) == 1
+    assert list(settings.folder.iterdir()) == [settings.vendor_ca]
+
+
+async def test_device_that_cannot_start_leaves_no_process(settings: DeviceSettings) -> None:
+    """When the vendor cannot be used, the device does not come up and its swtpm and sockets are gone."""
+    settings.vendor_ca.write_text("a file where the folder should be")
+    with pytest.raises(SimulationError, match="vendor"):
+        async with HardwareTpm(settings):
+            pass
+    for path in (settings.state_dir / "back", settings.socket):
+        with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+            await asyncio.open_unix_connection(path)
+    settings.vendor_ca.unlink()
+    async with HardwareTpm(settings) as device, await Tpm.open(device.tcti) as tpm:
+        await assert_booted(tpm, "good")
+
+
+async def test_vendor_needs_an_ek(settings: DeviceSettings) -> None:
+    """A TPM without EK, such as a blank one, cannot be equipped."""
+    vendor = open_vendor(settings.vendor_ca, name="V", now=NOW)
+    async with blank_swtpm(settings.folder) as swtpm, await Tpm.open(swtpm.tcti) as tpm:
+        with pytest.raises(SimulationError, match="no RSA EK"):
+            await vendor.equip(tpm, load_profile("swtpm").tpm, now=NOW)
+
+
+async def test_missing_programs_are_named(settings: DeviceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without swtpm on the path, manufacture and start are SimulatorMissing."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(SimulatorMissing):
+        await manufacture(settings.state_dir)
+    with pytest.raises(SimulatorMissing):
+        await SwtpmProcess(settings.state_dir, settings.folder / "back", settings.folder / "log").start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import DeviceFault, DeviceUnavailable
+from harness.errors import DeviceFault, DeviceUnavailable, SimulationError
 from harness.sim.faults import Action, Effect, Fault, FaultInjector
 from harness.sim.profiles import ChipProfile, load_profile
 from harness.sim.tpm_proxy import TpmProxy
@@ -197,6 +197,40 @@ async def test_held_proxy_keeps_commands_back(bench: Bench) -> None:
         bench.proxy.release()
         async with asyncio.timeout(10):
             await waiting
+
+
+async def control(path: str, request: bytes) -> bytes:
+    """Answer on a control channel."""
+    reader, writer = await asyncio.open_unix_connection(f"{path}.ctrl")
+    writer.write(request)
+    try:
+        async with asyncio.timeout(10):
+            return await reader.read(64)
+    finally:
+        writer.close()
+
+
+async def test_control_channel_is_passed_on(bench: Bench) -> None:
+    """The proxy answers as swtpm does on the control channel, before and after somebody changed the locality."""
+    front, back = (tcti.removeprefix("swtpm:path=") for tcti in (bench.proxy.tcti, bench.swtpm.tcti))
+    get_capability, set_locality_0, set_locality_3 = (
+        bytes.fromhex(text) for text in ("00000001", "0000000500", "0000000503")
+    )
+    assert len(await control(back, get_capability)) > 4
+    for request in (set_locality_0, get_capability, set_locality_3, set_locality_0, get_capability):
+        assert await control(front, request) == await control(back, request)
+    async with await Tpm.open(bench.proxy.tcti) as tpm:
+        await control(front, set_locality_3)
+        await tpm.pcr_extend(15, {HashAlg.SHA256: ZERO})  # the client's own locality 0 reaches swtpm again
+
+
+async def test_socket_that_cannot_be_made_is_named(bench: Bench) -> None:
+    """A folder that is not there, and a path that no socket can have, are SimulationErrors with the path."""
+    for path in (Path("/nonexistent/tpm"), Path("/tmp") / ("x" * 100)):
+        proxy = TpmProxy(path, bench.swtpm.socket, load_profile("swtpm"), seed=1)
+        with pytest.raises(SimulationError, match=str(path)):
+            await proxy.start()
+        await proxy.stop()
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x80\x01\x00\x00\x00\x09\x00\x00\x01\x44", b"\x80"])
