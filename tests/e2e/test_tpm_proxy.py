@@ -73,29 +73,27 @@ async def bench() -> AsyncIterator[Bench]:
                 await bench.proxy.stop()
 
 
-async def timed_quote(tpm: Tpm, handle: int) -> float:
+async def timed_quote(tpm: Tpm, handle: int, auth: bytes = AUTH) -> float:
     """Milliseconds of one quote."""
     started = time.perf_counter()
-    await tpm.quote(handle, AUTH, b"q", PCRS_0_TO_7)
+    await tpm.quote(handle, auth, b"q", PCRS_0_TO_7)
     return (time.perf_counter() - started) * 1000
 
 
 async def test_quote_takes_the_time_of_its_key(bench: Bench) -> None:
     """A quote takes the chip's time for the type of its key, and other commands are not delayed."""
     await bench.proxy.stop()
-    proxy = bench.chip(chip(rsa_ms=150, ecc_ms=60))
+    proxy = bench.chip(chip(rsa_ms=400, ecc_ms=100))
     await proxy.start()
     try:
         async with await Tpm.open(proxy.tcti) as tpm:
-            assert min([await timed_quote(tpm, RSA) for _ in range(3)]) == pytest.approx(150, abs=25)
-            assert min([await timed_quote(tpm, ECC) for _ in range(3)]) == pytest.approx(60, abs=25)
             transient = await tpm.create_primary(KeyTemplate.AK_P256, b"another key")
-            started = time.perf_counter()
-            await tpm.quote(transient, b"another key", b"q", PCRS_0_TO_7)
-            assert time.perf_counter() - started >= 0.060
+            assert await timed_quote(tpm, RSA) >= 400
+            for handle, auth in ((ECC, AUTH), (transient, b"another key")):
+                assert 100 <= min([await timed_quote(tpm, handle, auth) for _ in range(3)]) < 400
             started = time.perf_counter()
             await tpm.pcr_read(PCRS_0_TO_7)
-            assert time.perf_counter() - started < 0.050
+            assert time.perf_counter() - started < 0.100
     finally:
         await proxy.stop()
 
