@@ -193,7 +193,7 @@ def _check_usable(public: Public, role: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """What MakeCredential gives and ActivateCredential takes: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET, marshalled."""
+    """TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET, marshalled: what MakeCredential gives and ActivateCredential takes."""
 
     id_object: bytes
     encrypted_secret: bytes
@@ -244,7 +244,7 @@ def make_credential(
     alg = HashAlg(ek.name_alg)
     if len(secret) > alg.digest_size:
         raise ValueError(f"the secret has more than {alg.digest_size} bytes")
-    hash_alg = {HashAlg.SHA256: hashes.SHA256, HashAlg.SHA384: hashes.SHA384, HashAlg.SHA512: hashes.SHA512}[alg]
+    hash_alg: Callable[[], hashes.HashAlgorithm] = hashes.SHA256 if alg is HashAlg.SHA256 else hashes.SHA384
     seed = random(alg.digest_size)
     oaep = padding.OAEP(padding.MGF1(hash_alg()), hash_alg(), b"IDENTITY\x00")
     encrypted_seed = key.encrypt(seed, oaep)
