@@ -193,7 +193,7 @@ def _check_usable(public: Public, role: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET, marshalled: what MakeCredential gives and ActivateCredential takes."""
+    """What MakeCredential gives: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET, marshalled."""
 
     id_object: bytes
     encrypted_secret: bytes
