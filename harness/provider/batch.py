@@ -26,7 +26,7 @@ from typing import Protocol
 from harness import merkle, protocol
 from harness.merkle import InclusionProof
 from harness.protocol import QuoteRequest
-from harness.values import AgentId, HashAlg, PcrSelection
+from harness.values import AgentId, HashAlg, HostId, PcrSelection, PcrValues
 
 SMALLEST_TREE = 16
 _FILLING_SIZE = 32  # random bytes behind each leaf hash that belongs to nobody
@@ -202,6 +202,25 @@ class SealedBatch:
         """Each member's inclusion proof."""
         proofs = self.tree.proofs()
         return {waiter: proofs[index] for waiter, index in self._indices.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quote:
+    """A TPM's quote with the values that it signs.
+
+    Args:
+        host_id: whose TPM made it.
+        attest: TPMS_ATTEST exactly as signed.
+        signature: TPMT_SIGNATURE.
+        pcrs: exactly the signed selection; they hash to the signed digest.
+        tpm_quotes: how many TPM2_Quote it took (more than one after a race with a PCR extend).
+    """
+
+    host_id: HostId
+    attest: bytes
+    signature: bytes
+    pcrs: PcrValues
+    tpm_quotes: int = 1
 
 
 def seal(
