@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 
 class ManualClock:
-    """Time that passes only when the test says so, or when somebody sleeps."""
+    """Time that passes only when the test says so, or when somebody sleeps; ``frozen``, nobody wakes up."""
 
     def __init__(self) -> None:
+        self.frozen = False
         self.now_s = 1000.0
         self.slept: list[float] = []
 
@@ -21,5 +22,7 @@ class ManualClock:
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
+        if self.frozen:
+            await asyncio.Event().wait()
         self.now_s += seconds
         await asyncio.sleep(0)

@@ -1,0 +1,107 @@
+"""Fakes around the batcher: a quoter with pause points, a residency that is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from harness.errors import GuestNotHere, HarnessError, NotReady
+from harness.provider.batch import Quote, SealedBatch
+from harness.values import AgentId
+from tests.support.soft_tpm import SoftTpm
+
+T = TypeVar("T")
+
+WAIT_S = 5.0
+"""Longest that a test waits for something that is to happen."""
+
+
+class FakeQuoter:
+    """Quotes with a soft TPM, stops at a gate on request, and checks its caller.
+
+    ``held`` closes the gate: a quote then waits until `let_go`, or `step`. ``faults_before`` and ``faults_after`` name
+    the quote (the first is 1) that fails before the TPM has made it, or when it has.
+    """
+
+    def __init__(self, tpm: SoftTpm, *, held: bool = False) -> None:
+        self.tpm = tpm
+        self.usable = True
+        self.batches: list[SealedBatch] = []
+        self.faults_before: dict[int, HarnessError] = {}
+        self.faults_after: dict[int, HarnessError] = {}
+        self._gate = asyncio.Event()
+        self._arrived = asyncio.Event()
+        self._busy = False
+        if not held:
+            self._gate.set()
+
+    async def quote_batch(self, batch: SealedBatch) -> Quote:
+        assert not self._busy, "two quotes at once"
+        assert batch.members, "a batch without members"
+        assert batch not in self.batches, "one batch quoted twice"
+        self._busy = True
+        self.batches.append(batch)
+        number = len(self.batches)
+        self._arrived.set()
+        try:
+            if number in self.faults_before:
+                raise self.faults_before[number]
+            await self._gate.wait()
+            quote = self.tpm.quote_batch(batch)
+            if number in self.faults_after:
+                raise self.faults_after[number]
+            return quote
+        finally:
+            self._busy = False
+
+    def hold(self) -> None:
+        """The next quote stops before the TPM."""
+        self._gate.clear()
+
+    def let_go(self) -> None:
+        """The quote that waits, and later ones, go on."""
+        self._gate.set()
+
+    def step(self) -> None:
+        """The quote that waits goes on; the next one stops again."""
+        self._gate.set()
+        self._gate.clear()
+
+    async def arrival(self, count: int) -> None:
+        """Returns when the ``count``-th quote has been asked for."""
+        async with asyncio.timeout(WAIT_S):
+            while len(self.batches) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+
+class FakeResidency:
+    """Says what the test put in; records what it was asked."""
+
+    def __init__(self, here: Mapping[AgentId, bytes] | None = None) -> None:
+        self.states: dict[AgentId, bytes | GuestNotHere | NotReady] = dict(here or {})
+        self.asked: list[frozenset[AgentId]] = []
+        self.fault: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def check(self, agent_ids: frozenset[AgentId]) -> Mapping[AgentId, bytes | GuestNotHere | NotReady]:
+        assert agent_ids, "asked about nobody"
+        self.asked.append(agent_ids)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        return {agent_id: self.states[agent_id] for agent_id in agent_ids if agent_id in self.states}
+
+
+async def settle(rounds: int = 20) -> None:
+    """Lets every task that can run do so."""
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+
+
+async def within(awaitables: Iterable[asyncio.Task[T]]) -> list[T]:
+    """Results of tasks that must end now."""
+    async with asyncio.timeout(WAIT_S):
+        return list(await asyncio.gather(*awaitables))
