@@ -1,0 +1,261 @@
+"""Settings: one frozen class per service, read from a YAML file.
+
+Invariants:
+    1. An unknown key, a wrong type or a missing file is refused with the file and the key; nothing is guessed.
+    2. Relative paths are relative to the file that names them.
+    3. No setting turns a check off.
+
+Spec: DESIGN 7 (mTLS everywhere, nothing hard-coded).
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+from harness.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return path if folder is None or path.is_absolute() else folder / path
+
+
+FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Url = Annotated[str, Field(pattern=r"^https://[^/\s]+(/.*)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Listen(Settings):
+    """Where a service listens; port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+
+
+class TlsSettings(Settings):
+    """A service's certificate and key, and the authorities whose certificates it accepts, by name."""
+
+    certificate: FilePath
+    key: FilePath
+    authorities: dict[Name, FilePath]
+
+
+class BatchSettings(Settings):
+    """Bounds of the batcher (DESIGN 4): waiters in all pools, pools, waiters per tenant, and an optional linger."""
+
+    pool_size: Annotated[int, Field(ge=1, le=1 << 19)] = 65_536
+    max_pools: Annotated[int, Field(ge=1, le=64)] = 8
+    tenant_share: Annotated[int, Field(ge=1)] = 1_024
+    linger_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    tree: Literal["rfc9162", "merklelib"] = "rfc9162"
+
+
+class HostAgentSettings(Settings):
+    """Host agent: ``tcti`` of the hardware TPM, sockets on the host, and who may use the local one (user ids)."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    name: Name
+    tcti: str
+    state_dir: FilePath
+    database: str
+    local_socket: FilePath
+    guest_manager: FilePath
+    peer_uids: list[int]
+    ak: Literal["rsa2048", "ecc256"] = "rsa2048"
+    batch: BatchSettings = BatchSettings()
+    registrar: Url | None = None
+    public_url: Url | None = None
+
+
+class ProviderVerifierSettings(Settings):
+    """Provider verifier; its database is the provider registrar's."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    database: str
+
+
+class ProviderRegistrarSettings(Settings):
+    """Provider registrar."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    database: str
+
+
+class TenantRegistrarSettings(Settings):
+    """Tenant registrar: ``vendor_roots`` are the TPM vendors' root certificates that the tenant pins."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    tenant: Name
+    database: str
+    vendor_roots: Annotated[list[FilePath], Field(min_length=1)]
+
+
+class TenantVerifierSettings(Settings):
+    """Tenant verifier; it fetches pinned keys from ``registrar``."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    tenant: Name
+    database: str
+    registrar: Url
+
+
+class GuestAgentSettings(Settings):
+    """Guest agent: its vTPM, and the registrars (tenant's and provider's) where it registers."""
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    agent_id: uuid.UUID
+    tcti: str
+    state_dir: FilePath
+    registrars: Annotated[list[Url], Field(min_length=1)]
+    public_host: str = "127.0.0.1"
+    payload_dir: FilePath
+
+
+class HardwareTpmSettings(Settings):
+    """Simulated hardware TPM (`harness.sim.hardware`)."""
+
+    state_dir: FilePath
+    socket: FilePath
+    control: FilePath
+    chip: str
+    scenario: str = "good"
+    seed: int = 0
+    vendor_ca: FilePath
+
+
+class GuestManagerSettings(Settings):
+    """Guest manager of the lab: its socket, and the host agent's local socket that it reports starts to."""
+
+    state_dir: FilePath
+    socket: FilePath
+    host_agent: FilePath
+
+
+class HostileProviderSettings(Settings):
+    """A provider that lies (`harness.attacks`): ``host_agent`` and ``provider_verifier`` are the honest services."""
+
+    tls: TlsSettings
+    mode: Literal["wrong-ak", "replay", "strip", "reboot"]
+    state_dir: FilePath
+    host_agent: Url
+    provider_verifier: Url
+    hardware_control: FilePath
+
+
+class HostSite(Settings):
+    """A host as the lab's operator reaches it."""
+
+    agent: Url
+    guest_manager: FilePath
+    hardware_control: FilePath
+    tpm_socket: FilePath
+
+
+class ProviderSite(Settings):
+    """The provider's services and its operator's certificate."""
+
+    registrar: Url
+    verifier: Url
+    operator: TlsSettings
+
+
+class TenantSite(Settings):
+    """A tenant's services, its operator's certificate, and where its rounds go."""
+
+    registrar: Url
+    verifier: Url
+    provider_verifier: Url
+    operator: TlsSettings
+
+
+class SiteSettings(Settings):
+    """A running lab as the command line reaches it: ``site.yml`` in the lab's folder."""
+
+    provider: ProviderSite
+    hosts: dict[Name, HostSite]
+    tenants: dict[Name, TenantSite]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without repeated keys: the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is repeated", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> object:
+    """YAML file as plain data.
+
+    Raises:
+        ConfigError: the file cannot be read or is not YAML; names the file and the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ConfigError(f"{path}:{line} {error.problem}") from error
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{path}: is not YAML") from error
+
+
+def load(path: Path, model: type[M]) -> M:
+    """Settings from a YAML file.
+
+    Args:
+        path: the file; relative paths in it are relative to its folder.
+        model: a class of this module.
+
+    Raises:
+        ConfigError: missing file, not YAML, unknown or missing key, wrong type: one line each, with file and key.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold keys and values")
+    try:
+        return model.model_validate(data, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(path, problem) for problem in error.errors())) from None
+
+
+def _sentence(path: Path, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    text = {"extra_forbidden": "unknown key", "missing": "is missing"}.get(problem["type"], problem["msg"])
+    return f"{path}: {key}: {text}"
+
+
+def dump(settings: BaseModel, path: Path) -> None:
+    """Writes settings to a YAML file that `load` reads back; mode 0600."""
+    data = settings.model_dump(mode="json", exclude_none=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
