@@ -32,7 +32,7 @@ ROOTS = (
 CORE_ORDER: tuple[tuple[str, ...], ...] = (
     ("__init__.py", "errors.py"),
     ("values.py",),
-    ("merkle.py", "attest.py", "attest_*.py", "protocol.py"),
+    ("merkle.py", "reader.py", "public_area.py", "attest.py", "protocol.py"),
     ("messages.py", "messages_*.py", "wire_*.py", "keylime_wire.py", "credential.py", "certificates.py"),
 )
 """Layers of core from the bottom; a file named nowhere is above them all."""
@@ -96,7 +96,7 @@ def check(package: Path) -> list[Finding]:
         tree = ast.parse(source, path)
         imports = list(_imports(tree, path, package.name, modules))
         findings += _size(tree, path, source)
-        for found in imports:
+        for found in dict.fromkeys(imports):
             findings += _judge(found, package.name, modules)
         edges[path] = {modules[found.target] for found in imports if found.target in modules} - {path}
     findings += [Finding(5, cycle[0], 1, "import cycle " + " -> ".join([*cycle, cycle[0]])) for cycle in _cycles(edges)]
