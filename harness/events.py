@@ -43,7 +43,7 @@ def configure(service: str) -> None:
 
 
 def _standard_error() -> Any:
-    return open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 - lives as long as the process
+    return open(2, "w", buffering=1, encoding="utf-8", closefd=False)
 
 
 def emit(event: str, *, level: str = "info", **fields: Any) -> None:
