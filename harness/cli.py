@@ -54,9 +54,11 @@ def _root(
     )
 )
 def demo(
-    tenants: Annotated[int, typer.Option(help="Number of tenants.")] = 2,
-    guests: Annotated[int, typer.Option(help="Guests of each tenant.")] = 3,
-    chip: Annotated[str | None, typer.Option(help="TPM latency profile; `swtpm` means no delay.")] = None,
+    tenants: Annotated[int, typer.Option(metavar="N", help="Number of tenants.")] = 2,
+    guests: Annotated[int, typer.Option(metavar="N", help="Guests of each tenant.")] = 3,
+    chip: Annotated[
+        str | None, typer.Option(metavar="NAME", help="TPM latency profile; `swtpm` means no delay.")
+    ] = None,
     tamper: Annotated[str | None, typer.Option(metavar="CASE", help="Cheat in one way, and see who refuses.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the lab running until Ctrl-C.")] = False,
     lab: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def test_blocks_and_links_are_read_as_written(tmp_path: Path) -> None:
     assert (console.commands, console.exit_code) == (("harness a    --b", "harness c"), 1)
     assert (shell.commands, shell.exit_code, shell.line) == (("make x", "[f](none)"), 0, 12)
     assert docs.broken_links(page) == ["#two", "none.md"]
+
+
+def test_the_page_about_the_command_line_is_the_generated_one() -> None:
+    """`docs/cli.md` is what `python tools/cli_docs.py` prints now."""
+    tool = runpy.run_path(str(docs.ROOT / "tools" / "cli_docs.py"))
+    assert (docs.ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == tool["page"]()
 
 
 @pytest.mark.parametrize("name", docs.code_names(docs.ROOT / "docs" / "request-flow.md"))
