@@ -1,0 +1,150 @@
+"""The host agent's end of the stream: orders of one connection in, answers out.
+
+Invariants:
+    1. Each order is answered once, or not at all if it was cancelled or the connection is gone; then nothing of it
+       stays behind: its waiter leaves the pool.
+    2. Answers that one batch gave at the same time leave in one frame (of up to `PROOFS_PER_FRAME` proofs).
+    3. A frame that cannot be answered under an id, and an id that is still in use, end the connection.
+
+Owner: the task that serves the connection.
+
+Spec: DESIGN 4; docs/protocol.md, stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
+from harness.messages import encode_proof, encode_shared
+from harness.provider.batch import PendingQuote
+from harness.provider.batcher import Answer, SharedAnswer
+from harness.provider.stream import (
+    PROOFS_PER_FRAME,
+    CancelOrder,
+    Order,
+    QuoteOrder,
+    encode_batch,
+    encode_error,
+    encode_result,
+    open_order,
+    parse_order,
+)
+
+
+class Channel(Protocol):
+    """One open connection, as text frames."""
+
+    async def send(self, text: str) -> None:
+        """Sends one frame. Raises TransportError when the connection is gone or the peer does not read."""
+
+    async def receive(self) -> str | None:
+        """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
+
+
+Quotes = Callable[[PendingQuote], Awaitable[Answer]]
+Others = Callable[[Order], Awaitable[Mapping[str, object]]]
+_Outgoing = tuple[int, Answer | Mapping[str, object] | HarnessError]
+
+
+class StreamSession:
+    """One connection of a provider verifier.
+
+    Args:
+        channel: the connection.
+        quotes: answers requests for a quote.
+        others: answers the orders of enrolment.
+    """
+
+    def __init__(self, channel: Channel, quotes: Quotes, others: Others) -> None:
+        self._channel = channel
+        self._quotes = quotes
+        self._others = others
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._outbox: asyncio.Queue[_Outgoing] = asyncio.Queue()
+
+    async def serve(self) -> None:
+        """Serves until the peer closes or the connection is gone.
+
+        Raises:
+            MalformedMessage: a frame without a usable id, or an id in use; the caller closes the connection.
+            MessageTooLarge: a frame above its limit; likewise.
+            TransportError: the connection is gone.
+
+        *Cancellation:* everything that this connection waits for is cancelled.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(self._write())
+                await self._read(tasks)
+                for task in (writer, *self._running.values()):
+                    task.cancel()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+
+    async def _read(self, tasks: asyncio.TaskGroup) -> None:
+        while (text := await self._channel.receive()) is not None:
+            number, members = open_order(text)
+            try:
+                order = parse_order(members)
+            except (MalformedMessage, MessageTooLarge) as error:
+                self._outbox.put_nowait((number, error))
+                continue
+            running = self._running.get(number)
+            if isinstance(order, CancelOrder):
+                if running is not None:
+                    running.cancel()
+            elif running is not None:
+                raise MalformedMessage(f"order {number} is still in work")
+            else:
+                task = self._running[number] = tasks.create_task(self._work(number, order))
+                task.add_done_callback(lambda _, number=number: self._running.pop(number))  # type: ignore[misc]
+
+    async def _work(self, number: int, order: Order) -> None:
+        try:
+            if isinstance(order, QuoteOrder):
+                self._outbox.put_nowait((number, await self._quotes(order.pending)))
+            else:
+                self._outbox.put_nowait((number, await self._others(order)))
+        except HarnessError as error:
+            self._outbox.put_nowait((number, error))
+
+    async def _write(self) -> None:
+        while True:
+            outgoing = [await self._outbox.get()]
+            while not self._outbox.empty():  # a batch releases its waiters in one step of the loop
+                outgoing.append(self._outbox.get_nowait())
+            for text in frames(outgoing):
+                await self._channel.send(text)
+
+
+def frames(outgoing: Sequence[_Outgoing]) -> Iterator[str]:
+    """Frames for these answers: those of one batch together, all others one by one."""
+    batches: dict[int, tuple[SharedAnswer, list[tuple[int, Mapping[str, object]]]]] = {}
+    for number, answer in outgoing:
+        if isinstance(answer, Answer):
+            _, proofs = batches.setdefault(id(answer.shared), (answer.shared, []))
+            proofs.append((number, encode_proof(answer.proof)))
+        elif isinstance(answer, HarnessError):
+            yield encode_error(number, answer)
+        else:
+            yield encode_result(number, answer)
+    for shared, proofs in batches.values():
+        encoded = encode_shared_answer(shared)
+        for first in range(0, len(proofs), PROOFS_PER_FRAME):
+            yield encode_batch(encoded, proofs[first : first + PROOFS_PER_FRAME])
+
+
+def encode_shared_answer(shared: SharedAnswer) -> Mapping[str, object]:
+    """The part of an answer that all members of its batch are given (DESIGN 3.3)."""
+    quote = shared.quote
+    return encode_shared(
+        host_id=quote.host_id,
+        attest=quote.attest,
+        signature=quote.signature,
+        pcrs=quote.pcrs,
+        batch_id=shared.batch_id,
+        sealed_at=shared.sealed_at.strftime("%Y-%m-%dT%H:%M:%SZ"),  # whole seconds: more would tell of other tenants
+    )

@@ -1,0 +1,243 @@
+"""The provider verifier's end of the stream to one host: kept open, multiplexed, and honest when it breaks.
+
+::
+
+    link = HostLink(connect)
+    task = tasks.create_task(link.run())
+    results = await link.quote(pending)
+
+Invariants:
+    1. Each call ends: with its answer, a typed error, or its own deadline. When the connection breaks, everything that
+       waits on it is released with PeerUnreachable at once.
+    2. An order is sent on the connection that was open when it was given, never again on the next one: the host agent
+       must not sign twice what was asked once.
+    3. Whoever gives up sends a cancel, so that the host agent does not work for nobody.
+
+Owner: `run` owns the connection; callers only add to its outbox.
+
+Spec: DESIGN 4 (one multiplexed stream per host).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from harness.errors import (
+    DeadlineExceeded,
+    HarnessError,
+    MalformedMessage,
+    PeerUnreachable,
+    PoolFull,
+    ShuttingDown,
+    TransportError,
+)
+from harness.provider.batch import PendingQuote
+from harness.provider.clock import Clock, SystemClock
+from harness.provider.stream import (
+    ActivateOrder,
+    AnswerFrame,
+    BatchFrame,
+    CancelOrder,
+    CertifyOrder,
+    ErrorFrame,
+    IdentityOrder,
+    Order,
+    QuoteOrder,
+    ResultFrame,
+    encode_order,
+    parse_answer,
+)
+
+Results = Mapping[str, object]
+
+_CONNECT_WAIT_S = 2.0  # how long a call waits for a link that is just being opened
+_FIRST_DELAY_S, _LAST_DELAY_S = 0.1, 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkBounds:
+    """What one host may cost.
+
+    Args:
+        quote_s: seconds for a quote; a tenant abandons an attempt after 30 (DESIGN 3.5, check 1).
+        enrol_s: seconds for an order of enrolment.
+        waiting: calls at a time; twice the default pool, so that the host agent's own bounds come first.
+    """
+
+    quote_s: float = 30.0
+    enrol_s: float = 30.0
+    waiting: int = 1 << 17
+
+
+class Channel(Protocol):
+    """One open connection, as text frames."""
+
+    async def send(self, text: str) -> None:
+        """Sends one frame. Raises TransportError when the connection is gone or the peer does not read."""
+
+    async def receive(self) -> str | None:
+        """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
+
+
+Connect = Callable[[], AbstractAsyncContextManager[Channel]]
+"""Opens a connection; raises TransportError when it cannot."""
+
+
+class HostLink:
+    """One host, as the provider verifier reaches it.
+
+    Args:
+        connect: opens a connection.
+        clock: for the pauses between tries.
+        rng: jitter of those pauses.
+        bounds: deadlines, and calls at a time.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        bounds: LinkBounds | None = None,
+    ) -> None:
+        self._connect = connect
+        self._bounds = bounds or LinkBounds()
+        self._clock = clock or SystemClock()
+        self._rng = rng or random.SystemRandom()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Results]] = {}
+        self._outbox: asyncio.Queue[str] | None = None  # of the open connection
+        self._settled = asyncio.Event()  # the first try has ended, one way or the other
+        self._fault = "not tried yet"
+        self._closed = False
+
+    # --- orders -----------------------------------------------------------------------------------------------------
+
+    async def quote(self, pending: PendingQuote) -> Results:
+        """What the tenant is answered: the batch's shared part with its own proof (DESIGN 3.3).
+
+        Raises:
+            PeerUnreachable: the host cannot be reached, or the connection broke.
+            DeadlineExceeded: no answer in time.
+            HarnessError: what the host agent refused it with.
+
+        *Cancellation:* the host agent is told.
+        """
+        return await self._ask(QuoteOrder(pending=pending), self._bounds.quote_s)
+
+    async def ask(self, order: IdentityOrder | ActivateOrder | CertifyOrder) -> Results:
+        """Answer to an order of enrolment; raises, and is cancelled, like `quote`."""
+        return await self._ask(order, self._bounds.enrol_s)
+
+    async def _ask(self, order: Order, deadline_s: float) -> Results:
+        outbox = await self._open_outbox()
+        if len(self._waiting) >= self._bounds.waiting:
+            raise PoolFull("too many requests wait for this host")
+        number = next(self._numbers)
+        answer: asyncio.Future[Results] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        outbox.put_nowait(encode_order(number, order))
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the host agent gave no answer within {deadline_s:g} s") from error
+        finally:
+            if self._waiting.pop(number, None) is not None:
+                outbox.put_nowait(encode_order(number, CancelOrder()))
+
+    async def _open_outbox(self) -> asyncio.Queue[str]:
+        if self._closed:
+            raise ShuttingDown("the provider verifier is stopping")
+        try:
+            async with asyncio.timeout(_CONNECT_WAIT_S):
+                await self._settled.wait()
+        except TimeoutError as error:
+            raise PeerUnreachable("the host agent is still being connected to") from error
+        if self._outbox is None:
+            raise PeerUnreachable(f"the host agent cannot be reached: {self._fault}")
+        return self._outbox
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keeps the connection open, with back-off between tries.
+
+        *Cancellation:* the connection is closed and every waiter released with ShuttingDown.
+        """
+        delay_s = _FIRST_DELAY_S
+        try:
+            while True:
+                begun_s = self._clock.monotonic()
+                try:
+                    async with self._connect() as channel:
+                        await self._converse(channel)
+                except (TransportError, MalformedMessage) as error:
+                    self._fault = error.detail
+                self._release(lambda: PeerUnreachable(f"the connection to the host agent broke: {self._fault}"))
+                self._settled.set()
+                if self._clock.monotonic() - begun_s > _LAST_DELAY_S:
+                    delay_s = _FIRST_DELAY_S  # it had worked for a while: this is a new fault
+                await self._clock.sleep(delay_s * self._rng.uniform(0.5, 1.0))
+                delay_s = min(delay_s * 2, _LAST_DELAY_S)
+        finally:
+            self._closed = True
+            self._settled.set()
+            self._release(lambda: ShuttingDown("the provider verifier is stopping"))
+
+    async def _converse(self, channel: Channel) -> None:
+        """Sends and receives until the connection is gone; always ends with an error."""
+        outbox = self._outbox = asyncio.Queue()
+        self._settled.set()
+        halves = {asyncio.create_task(_send(channel, outbox)), asyncio.create_task(self._receive(channel))}
+        try:
+            ended, _ = await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._outbox = None
+            for half in halves:
+                half.cancel()
+            await asyncio.gather(*halves, return_exceptions=True)
+        for half in ended:
+            half.result()
+
+    async def _receive(self, channel: Channel) -> None:
+        while (text := await channel.receive()) is not None:
+            self._deliver(parse_answer(text))
+        raise PeerUnreachable("the host agent closed the connection")
+
+    def _deliver(self, frame: AnswerFrame) -> None:
+        match frame:
+            case BatchFrame(shared=shared, proofs=proofs):
+                for number, proof in proofs.items():
+                    self._settle(number, {**shared, "proof": proof})
+            case ResultFrame(number=number, result=result):
+                self._settle(number, result)
+            case ErrorFrame(number=number, error=error):
+                self._settle(number, error)
+
+    def _settle(self, number: int, outcome: Results | HarnessError) -> None:
+        answer = self._waiting.pop(number, None)
+        if answer is None or answer.done():
+            return  # given up meanwhile, or a second answer
+        if isinstance(outcome, HarnessError):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    def _release(self, error: Callable[[], HarnessError]) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
+            if not answer.done():
+                answer.set_exception(error())
+
+
+async def _send(channel: Channel, outbox: asyncio.Queue[str]) -> None:
+    while True:
+        await channel.send(await outbox.get())

@@ -1,0 +1,224 @@
+"""Frames between provider verifier and host agent: fields only, and nothing to sign."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import string
+
+import pytest
+
+from harness.credential import Credential
+from harness.errors import (
+    AccessDenied,
+    BatchFailed,
+    GuestNotHere,
+    HarnessError,
+    MalformedMessage,
+    MessageTooLarge,
+    PeerUnreachable,
+    PoolFull,
+)
+from harness.provider.stream import (
+    ORDER_LIMIT,
+    ActivateOrder,
+    BatchFrame,
+    CancelOrder,
+    CertifyOrder,
+    ErrorFrame,
+    IdentityOrder,
+    Order,
+    QuoteOrder,
+    ResultFrame,
+    encode_allowlist,
+    encode_batch,
+    encode_error,
+    encode_order,
+    encode_result,
+    open_order,
+    parse_allowlist,
+    parse_answer,
+    parse_order,
+)
+from harness.values import HashAlg, Nonce, PcrSelection
+from tests.support.pendings import a_request, agent
+
+CREDENTIAL = Credential(id_object=b"\x00\x02ab", encrypted_secret=b"\x00\x03cde")
+QUOTE = json.loads(encode_order(7, QuoteOrder(pending=a_request(pcrs=[0, 7]))))
+GUEST_QUOTE = json.loads(encode_order(7, QuoteOrder(pending=a_request(pcrs=[0, 7], agent_id=agent(1)))))
+ACTIVATE = json.loads(encode_order(9, ActivateOrder(credential=CREDENTIAL, requester=b"r" * 32)))
+CERTIFY = json.loads(encode_order(10, CertifyOrder(nonce=Nonce(b"n" * 32))))
+
+
+def read(frame: object) -> tuple[int, Order]:
+    number, members = open_order(json.dumps(frame))
+    return number, parse_order(members)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        QuoteOrder(pending=a_request(pcrs=[0, 7])),
+        QuoteOrder(pending=a_request(pcrs=[3], agent_id=agent(5), bank=HashAlg.SHA384)),
+        ActivateOrder(credential=CREDENTIAL, requester=b"r" * 32),
+        CertifyOrder(nonce=Nonce(b"n" * 32)),
+        IdentityOrder(),
+        CancelOrder(),
+    ],
+    ids=lambda order: type(order).__name__,
+)
+def test_an_order_arrives_as_it_was_given(order: Order) -> None:
+    """Every kind of order, with its id."""
+    number, members = open_order(encode_order(42, order))
+    assert (number, parse_order(members)) == (42, order)
+
+
+@pytest.mark.parametrize("member", ["root", "leaf", "leaf_hash", "extra_data", "qualifying", "tree_size", "vtpm_ek"])
+@pytest.mark.parametrize(
+    "frame", [QUOTE, GUEST_QUOTE, ACTIVATE, CERTIFY], ids=["quote", "guest", "activate", "certify"]
+)
+def test_nothing_to_sign_can_be_handed_over(frame: dict[str, object], member: str) -> None:
+    """A frame with one member more is refused; without it, it passes."""
+    read(frame)
+    with pytest.raises(MalformedMessage, match=f"'{member}' is unknown"):
+        read({**frame, member: "00" * 32})
+
+
+@pytest.mark.parametrize(
+    ("frame", "member"),
+    [(frame, member) for frame in (QUOTE, GUEST_QUOTE, ACTIVATE, CERTIFY) for member in frame if member != "id"],
+)
+def test_nothing_may_be_missing(frame: dict[str, object], member: str) -> None:
+    """Also not one of agent_id and binding."""
+    with pytest.raises(MalformedMessage):
+        read({name: value for name, value in frame.items() if name != member})
+
+
+BAD_MEMBERS: list[tuple[str, list[object]]] = [
+    ("tenant", ["", 7, None]),
+    ("nonce", ["", "00" * 15, "00" * 65, "AB" * 16, "0x" + "00" * 16, 5]),
+    ("mask", ["0x0", "0x1000000", "0x10000", "0x800000", "1", "0X1", 1, "0xG"]),
+    ("hash_alg", ["sha1", "SHA256", "", 11]),
+    ("requester", ["00" * 31, "00" * 33, "zz" * 32, None]),
+    ("agent_id", ["", "A0000000-0000-0000-0000-000000000001", "{}", 1]),
+    ("binding", ["00" * 31, "00" * 33, ""]),
+    ("allowlist", [[], "sha256", {"sha1": [0]}, {"sha256": [24]}, {"sha256": [-1]}, {"sha256": [True]}, {"sha256": 1}]),
+    ("op", ["sign", "", None, 1]),
+]
+
+
+@pytest.mark.parametrize(("member", "value"), [(name, value) for name, values in BAD_MEMBERS for value in values])
+def test_a_malformed_member_is_refused(member: str, value: object) -> None:
+    """One member of an honest frame changed, one named error."""
+    read(GUEST_QUOTE)
+    with pytest.raises(MalformedMessage):
+        read({**GUEST_QUOTE, member: value})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "7", "{}", '{"id": 1', '{"id": 1, "id": 2, "op": "identity"}', "[" * 100_000]
+)
+def test_a_frame_without_a_usable_form_is_refused(text: str) -> None:
+    """It cannot be answered under an id."""
+    with pytest.raises((MalformedMessage, MessageTooLarge)):
+        open_order(text)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 53, True, "1", 1.0, None])
+def test_an_id_is_a_small_integer(number: object) -> None:
+    """JSON carries it exactly, and nobody confuses it with another."""
+    with pytest.raises(MalformedMessage, match="id"):
+        open_order(json.dumps({"id": number, "op": "identity"}))
+
+
+def test_a_frame_above_the_limit_is_refused_unparsed() -> None:
+    """Size comes before content."""
+    with pytest.raises(MessageTooLarge):
+        open_order(json.dumps({"id": 1, "op": "x" * ORDER_LIMIT}))
+
+
+@pytest.mark.parametrize("credential", ["", "!!", "AAAA", base64.b64encode(b"\x00" * 40).decode(), 5])
+def test_a_damaged_credential_is_refused(credential: object) -> None:
+    """Before it reaches the TPM."""
+    with pytest.raises(MalformedMessage):
+        read({**ACTIVATE, "credential": credential})
+
+
+def test_allowlists_survive_the_wire() -> None:
+    """Several banks, and none at all."""
+    for allowlist in (PcrSelection(), PcrSelection.from_lists({HashAlg.SHA384: [1], HashAlg.SHA256: [0, 23]})):
+        assert parse_allowlist(json.loads(json.dumps(encode_allowlist(allowlist)))) == allowlist
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_frame_gives_each_id_its_own_proof() -> None:
+    """The shared part is there once."""
+    frame = parse_answer(encode_batch({"host_id": "h"}, [(1, {"leaf_index": 0}), (5, {"leaf_index": 3})]))
+    assert frame == BatchFrame(shared={"host_id": "h"}, proofs={1: {"leaf_index": 0}, 5: {"leaf_index": 3}})
+
+
+def test_a_result_frame_survives_the_wire() -> None:
+    """Id and members."""
+    assert parse_answer(encode_result(8, {"answer": "00"})) == ResultFrame(number=8, result={"answer": "00"})
+
+
+@pytest.mark.parametrize(
+    ("error", "arrives"),
+    [
+        (GuestNotHere("gone"), GuestNotHere),
+        (AccessDenied("no"), AccessDenied),
+        (BatchFailed("TPM", batch_id="b"), BatchFailed),
+        (MalformedMessage("bank is not allocated"), MalformedMessage),
+        (PeerUnreachable("x"), PeerUnreachable),
+        (PoolFull("full", retry_after_s=3.0), PoolFull),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, HarnessError) else "",
+)
+def test_an_error_arrives_as_what_it_is(error: HarnessError, arrives: type[HarnessError]) -> None:
+    """The tenant is answered with the host agent's own refusal."""
+    frame = parse_answer(encode_error(3, error))
+    assert isinstance(frame, ErrorFrame)
+    assert frame.number == 3
+    assert type(frame.error) is arrives
+    if isinstance(error, PoolFull):
+        assert isinstance(frame.error, PoolFull)
+        assert frame.error.retry_after_s == 3.0
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        [],
+        {},
+        {"id": 1},
+        {"id": 1, "result": []},
+        {"id": "1", "result": {}},
+        {"id": 1, "error": {"status": 404}},
+        {"batch": {}, "proofs": {}},
+        {"batch": [], "proofs": []},
+        {"batch": {}, "proofs": [{"id": 1}]},
+        {"batch": {}, "proofs": [{"id": -1, "proof": {}}]},
+        {"batch": {}, "proofs": [7]},
+    ],
+)
+def test_an_answer_of_another_outline_is_refused(frame: object) -> None:
+    """The link then breaks, and everybody is released."""
+    with pytest.raises(MalformedMessage):
+        parse_answer(json.dumps(frame))
+
+
+def test_random_text_raises_nothing_else(rng: random.Random) -> None:
+    """Whatever arrives, the two errors of the border are all that comes out."""
+    honest = json.dumps(GUEST_QUOTE)
+    for _ in range(500):
+        text = list(honest)
+        for _ in range(rng.randint(1, 4)):
+            text[rng.randrange(len(text))] = rng.choice(string.printable)
+        try:
+            parse_order(open_order("".join(text))[1])
+            parse_answer("".join(text))
+        except (MalformedMessage, MessageTooLarge):
+            continue
