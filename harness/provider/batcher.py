@@ -124,7 +124,7 @@ class Bounds(Protocol):
 
     @property
     def pool_size(self) -> int:
-        """Waiters in one pool."""
+        """Waiters in all open pools together."""
 
     @property
     def max_pools(self) -> int:
@@ -238,14 +238,14 @@ class Batcher:
         return waiter, answer
 
     def _pool_for(self, pending: PendingQuote) -> Pool:
+        if sum(len(pool) for pool in self._pools) >= self._bounds.pool_size:
+            raise PoolFull("the pools are full", retry_after_s=self._retry_after_s())
         pool = next((pool for pool in self._pools if pool.admits(pending)), None)
         if pool is None:
             if len(self._pools) >= self._bounds.max_pools:
                 raise PoolFull("too many pools are open", retry_after_s=self._retry_after_s())
             pool = Pool()
             self._pools.append(pool)
-        elif len(pool) >= self._bounds.pool_size:
-            raise PoolFull("the pool is full", retry_after_s=self._retry_after_s())
         return pool
 
     def _leave(self, waiter: Waiter) -> None:

@@ -176,11 +176,11 @@ async def test_a_tenant_has_a_bounded_share_and_others_still_get_in() -> None:
         await within([again, other])
 
 
-async def test_a_full_pool_refuses() -> None:
-    """The pool's bound holds over all tenants; it is typed and says when to come again."""
+async def test_full_pools_refuse() -> None:
+    """The bound holds over all tenants and pools; it is typed and says when to come again."""
     async with bench(bounds=Bounds(pool_size=2)) as made:
         await made.in_flight()
-        tasks = [made.submit(a_request(f"t{number}")) for number in range(3)]
+        tasks = [made.submit(a_request(f"t{pcr}", [pcr], allowlist=allow([pcr]))) for pcr in range(3)]
         await settle()
         refusal = tasks[2].exception()
         assert isinstance(refusal, PoolFull)

@@ -35,6 +35,9 @@ from tests.support.pendings import a_request, agent
 T = TypeVar("T")
 
 
+Wired = tuple["HostLink", "Network", "asyncio.Task[None]", ManualClock]
+
+
 class Network:
     """Connects links to sessions in memory; can be down."""
 
