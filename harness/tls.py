@@ -1,0 +1,182 @@
+"""Mutual TLS: contexts for both sides, and who a peer is.
+
+Invariants:
+    1. Both sides show a certificate and check the other's; nothing here can turn that off.
+    2. A peer's authority is the one whose *key* signed its certificate: two tenants' authorities may have equal names.
+    3. Role and name are in exactly one URI among the certificate's alternative names (`pki`).
+
+Spec: RFC 8446 (TLS 1.3), RFC 5246 (1.2); DESIGN 3.1, 3.2 (requester), 7.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from harness.config import TlsSettings
+from harness.errors import AccessDenied, ConfigError
+from harness.pki import URN, Role, load_certificate
+from harness.protocol import requester_of
+
+_CACHED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """The other end of a connection, from its certificate.
+
+    Args:
+        authority: name under which its authority is known here.
+        role: what it may be.
+        name: its name within the authority.
+        requester: SHA-256 of its SubjectPublicKeyInfo.
+    """
+
+    authority: str
+    role: Role
+    name: str
+    requester: bytes
+
+
+class Identities:
+    """Known authorities; tells who a certificate's owner is.
+
+    Args:
+        authorities: certificates by the name under which each is known here.
+    """
+
+    def __init__(self, authorities: Mapping[str, x509.Certificate]) -> None:
+        self._authorities = dict(authorities)
+        self._cache: dict[bytes, Peer] = {}
+
+    def add(self, name: str, certificate: x509.Certificate) -> None:
+        """Adds an authority, or replaces the one of this name."""
+        self._authorities[name] = certificate
+        self._cache.clear()
+
+    def remove(self, name: str) -> None:
+        """Forgets an authority: its certificates are refused from now on."""
+        self._authorities.pop(name, None)
+        self._cache.clear()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the known authorities."""
+        return frozenset(self._authorities)
+
+    def peer(self, certificate: bytes) -> Peer:
+        """Owner of a certificate that the TLS layer has accepted.
+
+        Args:
+            certificate: DER.
+
+        Raises:
+            AccessDenied: no known authority signed it, or it does not state one role and name.
+        """
+        known = self._cache.get(certificate)
+        if known is None:
+            known = self._identify(certificate)
+            if len(self._cache) >= _CACHED:
+                self._cache.clear()
+            self._cache[certificate] = known
+        return known
+
+    def _identify(self, der: bytes) -> Peer:
+        certificate = x509.load_der_x509_certificate(der)
+        authority = next((name for name, ca in self._authorities.items() if _signed_by(certificate, ca)), None)
+        if authority is None:
+            raise AccessDenied("the client certificate is of no authority that is known here")
+        role, name = _role_and_name(certificate)
+        return Peer(authority=authority, role=role, name=name, requester=certificate_requester(certificate))
+
+
+def certificate_requester(certificate: x509.Certificate) -> bytes:
+    """``requester`` of whoever owns a certificate (DESIGN 3.2); 32 bytes."""
+    spki = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return requester_of(spki)
+
+
+def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _role_and_name(certificate: x509.Certificate) -> tuple[Role, str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        raise AccessDenied("the client certificate states no role") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1 or not uris[0].startswith(URN):
+        raise AccessDenied("the client certificate does not state exactly one role")
+    role, _, name = uris[0].removeprefix(URN).partition(":")
+    try:
+        return Role(role), name
+    except ValueError:
+        raise AccessDenied("the client certificate states an unknown role") from None
+
+
+def identities_of(tls: TlsSettings) -> Identities:
+    """Authorities of a service's settings.
+
+    Raises:
+        ConfigError: a certificate cannot be read.
+    """
+    return Identities({name: load_certificate(path) for name, path in tls.authorities.items()})
+
+
+def server_context(tls: TlsSettings) -> ssl.SSLContext:
+    """Context of a server that asks every client for a certificate.
+
+    Raises:
+        ConfigError: a file is missing or unusable; it is named.
+    """
+    return _context(tls, ssl.PROTOCOL_TLS_SERVER)
+
+
+def client_context(tls: TlsSettings) -> ssl.SSLContext:
+    """Context of a client: shows its certificate, checks the server's chain and host name.
+
+    Raises:
+        ConfigError: a file is missing or unusable; it is named.
+    """
+    return _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+
+
+def trust_also(context: ssl.SSLContext, authority: x509.Certificate) -> None:
+    """Lets a running server accept one more authority's certificates in its handshakes."""
+    context.load_verify_locations(cadata=authority.public_bytes(serialization.Encoding.DER))
+
+
+def _context(tls: TlsSettings, protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    for path in (tls.certificate, tls.key, *tls.authorities.values()):
+        _must_be_readable(path)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"{tls.certificate} and {tls.key} are not a certificate and its key") from error
+    for path in tls.authorities.values():
+        trust_also(context, load_certificate(path))
+    return context
+
+
+def _must_be_readable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
