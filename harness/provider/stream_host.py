@@ -33,6 +33,8 @@ from harness.provider.stream import (
     parse_order,
 )
 
+FLUSH_S = 0.5
+
 
 class Channel(Protocol):
     """One open connection, as text frames."""
@@ -63,10 +65,10 @@ class StreamSession:
         self._quotes = quotes
         self._others = others
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._outbox: asyncio.Queue[_Outgoing] = asyncio.Queue()
+        self._outbox: asyncio.Queue[_Outgoing | None] = asyncio.Queue()  # None: the last one has been put
 
     async def serve(self) -> None:
-        """Serves until the peer closes or the connection is gone.
+        """Serves until the peer closes, `stop` was called, or the connection is gone.
 
         Raises:
             MalformedMessage: a frame without a usable id, or an id in use; the caller closes the connection.
@@ -77,12 +79,21 @@ class StreamSession:
         """
         try:
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write())
-                await self._read(tasks)
-                for task in (writer, *self._running.values()):
+                halves = {tasks.create_task(self._write()), tasks.create_task(self._read(tasks))}
+                await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+                for task in (*halves, *self._running.values()):
                     task.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
+
+    async def stop(self) -> None:
+        """Ends `serve` when the orders in work are answered, and after `FLUSH_S` in any case.
+
+        *Cancellation:* the session goes on.
+        """
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=FLUSH_S)
+        self._outbox.put_nowait(None)
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         while (text := await self._channel.receive()) is not None:
@@ -116,8 +127,10 @@ class StreamSession:
             outgoing = [await self._outbox.get()]
             while not self._outbox.empty():  # a batch releases its waiters in one step of the loop
                 outgoing.append(self._outbox.get_nowait())
-            for text in frames(outgoing):
+            for text in frames([answer for answer in outgoing if answer is not None]):
                 await self._channel.send(text)
+            if None in outgoing:
+                return
 
 
 def frames(outgoing: Sequence[_Outgoing]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from harness.errors import (
 )
 from harness.provider.batch import PendingQuote
 from harness.provider.batcher import Answer
-from harness.provider.stream import IdentityOrder, Order, encode_order
+from harness.provider.stream import IdentityOrder, Order, QuoteOrder, encode_order
 from harness.provider.stream_host import StreamSession, frames
 from harness.provider.stream_link import HostLink, LinkBounds
 from tests.support.batching import WAIT_S, settle, within
@@ -332,3 +332,31 @@ async def test_a_large_batch_is_split_into_frames() -> None:
         assert sum(counts) == 2500
         assert max(counts) <= 1000
         assert all(len(text) < 4 * 1024 * 1024 for text in texts)
+
+
+async def test_stopping_sends_the_last_answers_first() -> None:
+    """Waiters that the stop releases still learn why; then the session ends."""
+    async with bench() as made:
+        near, far = pipe()
+        session = StreamSession(far, made.batcher.submit, forever)
+        task = start(session.serve())
+        made.quoter.hold()
+        await near.send(encode_order(1, QuoteOrder(pending=a_request())))
+        await made.quoter.arrival(1)
+        made.batcher.stop()
+        await session.stop()
+        await within([task])
+        frame = json.loads(far.sent[-1])
+        assert (frame["id"], frame["error"]["error"]) == (1, "ShuttingDown")
+
+
+async def test_stopping_does_not_wait_for_an_order_that_hangs() -> None:
+    """The session ends within its bound."""
+    near, far = pipe()
+    session = StreamSession(far, never, forever)
+    task = start(session.serve())
+    await near.send(encode_order(1, IdentityOrder()))
+    await settle()
+    async with asyncio.timeout(WAIT_S):
+        await session.stop()
+        await task

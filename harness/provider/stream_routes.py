@@ -1,0 +1,102 @@
+"""The part of the host agent that answers provider verifiers: batcher, desk and the route of the stream.
+
+Invariants:
+    1. Only a certificate of role provider-verifier opens a stream.
+    2. After `stop` every waiter has been released and every stream ends.
+
+Owner: `host_agent.HostAgent`.
+
+Spec: DESIGN 4; docs/protocol.md, stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+from aiohttp import WSCloseCode, web
+
+from harness import events
+from harness.config import BatchSettings
+from harness.errors import MalformedMessage, MessageTooLarge, TransportError
+from harness.pki import Role
+from harness.provider.batch import RFC9162, TreeBuilder
+from harness.provider.batcher import Batcher, BatchReport, Residency, Surroundings
+from harness.provider.desk import Desk
+from harness.provider.keys import HostKeys
+from harness.provider.merklelib_tree import MERKLELIB
+from harness.provider.stream_host import StreamSession
+from harness.web import Route, accept_channel, peer_of
+
+
+class Quoting:
+    """Answers provider verifiers.
+
+    Args:
+        keys: the host's keys.
+        residency: which guests run here.
+        batch: bounds of the batcher, and how trees are built.
+        ca_certificate: self-signed certificate of the vTPM CA key, DER.
+
+    Raises:
+        ConfigError: the tree builder is not installed.
+    """
+
+    def __init__(self, keys: HostKeys, residency: Residency, batch: BatchSettings, ca_certificate: bytes) -> None:
+        builder = tree_builder(batch.tree)
+        self._batcher = Batcher(keys, residency, batch, builder=builder, surroundings=Surroundings(observe=_observe))
+        self._desk = Desk(keys, self._batcher, ca_certificate)
+        self._sessions: set[StreamSession] = set()
+
+    @property
+    def routes(self) -> list[Route]:
+        """The stream."""
+        return [Route("GET", "/v1/stream", self._stream, roles={Role.PROVIDER_VERIFIER}, deadline_s=None)]
+
+    async def run(self) -> None:
+        """Owns the pools; ends as `Batcher.run` does.
+
+        *Cancellation:* every waiter is released.
+        """
+        await self._batcher.run()
+
+    async def stop(self) -> None:
+        """Releases every waiter and ends every stream, each after its last answers have left.
+
+        *Cancellation:* streams may be left for the server to close.
+        """
+        self._batcher.stop()
+        await asyncio.gather(*(session.stop() for session in self._sessions))
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        channel, response = await accept_channel(request)
+        peer = peer_of(request)
+        session = StreamSession(channel, self._desk.quote, self._desk.enrol)
+        self._sessions.add(session)
+        events.emit("stream_opened", peer=peer.name, authority=peer.authority)
+        try:
+            await session.serve()
+            await response.close()
+        except (MalformedMessage, MessageTooLarge) as error:
+            events.emit("stream_refused", level="warning", peer=peer.name, detail=error.detail)
+            await response.close(code=WSCloseCode.POLICY_VIOLATION, message=error.detail.encode()[:120])
+        except TransportError as error:
+            events.emit("stream_broken", peer=peer.name, detail=error.detail)
+        finally:
+            self._sessions.discard(session)
+        return response
+
+
+def tree_builder(name: str) -> TreeBuilder:
+    """The tree builder of the settings, tried once.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    builder = {builder.name: builder for builder in (RFC9162, MERKLELIB)}[name]
+    builder.build([bytes(32)])
+    return builder
+
+
+def _observe(report: BatchReport) -> None:
+    events.emit("batch", **asdict(report))
