@@ -31,7 +31,7 @@ SIZE_OF_SELECT = 3
 RESETTABLE_PCRS = frozenset({16, 23})
 """Anyone may reset these from locality 0: a request never names them (DESIGN 3.1)."""
 _RESETTABLE_MASK = sum(1 << pcr for pcr in RESETTABLE_PCRS)
-_MASK_TEXT = re.compile(r"0x[0-9a-f]{1,6}")
+_MASK_TEXT = re.compile(r"0x[0-9a-f]{1,64}")
 _UUID_TEXT = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _HEX_TEXT = re.compile(r"(?:[0-9a-f]{2})*")
 
@@ -134,8 +134,10 @@ def parse_mask(text: str) -> int:
         MalformedMessage: another form, no PCR, a bit above 23, or PCR 16 or 23.
     """
     if not _MASK_TEXT.fullmatch(text):
-        raise MalformedMessage("mask must be 0x and one to six lower-case hex digits")
+        raise MalformedMessage("mask must be 0x and lower-case hex digits")
     mask = int(text, 16)
+    if mask >= 1 << PCR_COUNT:
+        raise MalformedMessage("mask names a PCR above 23")
     if mask == 0:
         raise MalformedMessage("mask names no PCR")
     if mask & _RESETTABLE_MASK:
