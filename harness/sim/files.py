@@ -1,7 +1,7 @@
 """Data files of the simulation: found by name in the package or by path, checked against a model.
 
 Invariants:
-    1. A file that is used is valid: unknown keys and wrong types are refused with file, key and reason.
+    1. A file that is used is valid: unknown keys and wrong types are refused with file, key and reason (`config`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from harness import config
 from harness.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-_LIMIT = 1 << 20
 
 
 def names(folder: str) -> list[str]:
     """Names of the files that the package brings in this folder, sorted."""
-    return sorted(entry.name[:-4] for entry in _folder(folder).iterdir() if entry.name.endswith(".yml"))
+    entries = resources.files("harness.sim").joinpath(folder).iterdir()
+    return sorted(entry.name.removesuffix(".yml") for entry in entries if entry.name.endswith(".yml"))
 
 
 def load(folder: str, name_or_path: str | Path, model: type[M]) -> M:
@@ -36,23 +36,9 @@ def load(folder: str, name_or_path: str | Path, model: type[M]) -> M:
         ConfigError: unknown name, unreadable file, not YAML, or not this model.
     """
     text = str(name_or_path)
-    try:
-        if "/" in text or Path(text).suffix:
-            data = Path(text).read_bytes()[:_LIMIT]
-        elif text in names(folder):
-            data = (_folder(folder) / f"{text}.yml").read_bytes()
-        else:
-            raise ConfigError(f"{folder}: {text!r} is not one of {', '.join(names(folder))}")
-        return model.model_validate(yaml.safe_load(data))
-    except OSError as error:
-        raise ConfigError(f"{text}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{text}: not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{text}: {key or 'file'}: {first['msg']}") from error
-
-
-def _folder(folder: str) -> resources.abc.Traversable:
-    return resources.files("harness.sim") / folder
+    if "/" in text or Path(text).suffix:
+        return config.load(Path(text), model)
+    if text not in names(folder):
+        raise ConfigError(f"{folder}: {text!r} is not one of {', '.join(names(folder))}")
+    with resources.as_file(resources.files("harness.sim").joinpath(folder, f"{text}.yml")) as path:
+        return config.load(path, model)
