@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.attest import Public, owner_qualified_name, parse_public
+from harness.attest import owner_qualified_name, parse_public
 from harness.errors import ConfigError, HarnessError, MalformedMessage, MessageTooLarge, ProtocolError
 from harness.messages import parse_json
 from harness.protocol import QuoteRequest, guest_binding
