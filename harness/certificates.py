@@ -1,6 +1,6 @@
 """Certificates of EKs: a hardware TPM's chain to its vendor, and a vTPM's to its host's CA key.
 
-`cryptography.x509.verification` builds chains for web servers: it wants a DNS or IP name in the leaf, and certificates of
+`cryptography.x509.verification` builds chains for web servers: it wants a DNS or IP name in the leaf; certificates of
 EKs have none. So the few rules that matter here are checked one by one, on the library's parser and signatures.
 
 Invariants:
