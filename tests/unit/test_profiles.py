@@ -114,7 +114,7 @@ def test_own_profile_is_loaded_from_a_path(tmp_path: Path) -> None:
         ("PCR_Read", "PCR_Write", "PCR_Write is not a command"),
         ("PCR_Read", "Quote", "Quote is not a command without private key"),
         ("source: measured here", "source: ''", "source"),
-        ("name: own", "name: [", "YAML"),
+        ("name: own", "name: [", "line 4"),
     ],
 )
 def test_broken_profile_is_refused_with_file_and_reason(tmp_path: Path, old: str, new: str, what: str) -> None:
