@@ -53,6 +53,11 @@ class Quoting:
         """The stream."""
         return [Route("GET", "/v1/stream", self._stream, roles={Role.PROVIDER_VERIFIER}, deadline_s=None)]
 
+    @property
+    def waiting(self) -> int:
+        """Requests that have not been answered yet."""
+        return self._batcher.waiting
+
     async def run(self) -> None:
         """Owns the pools; ends as `Batcher.run` does.
 

@@ -1,0 +1,134 @@
+"""What the batcher is given and what it gives: its neighbours, its bounds, answers and reports.
+
+Invariants:
+    1. All members of a batch are given one `SharedAnswer` object, so that it is encoded and sent once.
+
+Spec: DESIGN 3.3, 4.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from harness.errors import GuestNotHere, NotReady
+from harness.merkle import InclusionProof
+from harness.provider.batch import Quote, SealedBatch
+from harness.provider.clock import Clock, SystemClock
+from harness.values import AgentId
+
+
+class Quoter(Protocol):
+    """The TPM, as far as the batcher knows it."""
+
+    @property
+    def usable(self) -> bool:
+        """False when no later quote can succeed; the batcher then stops."""
+
+    async def quote_batch(self, batch: SealedBatch) -> Quote:
+        """Quote over the batch's own root and selection. Raises a HarnessError when there is none."""
+
+
+class Residency(Protocol):
+    """Which guests run here."""
+
+    async def check(self, agent_ids: frozenset[AgentId]) -> Mapping[AgentId, bytes | GuestNotHere | NotReady]:
+        """Per guest: SHA-256 of the public key of its vTPM's EK if it runs here now, else why it gets no leaf."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedAnswer:
+    """What all members of a batch are given alike; one object per batch.
+
+    Args:
+        batch_id: names the batch.
+        sealed_at: UTC.
+        quote: what the TPM signed.
+    """
+
+    batch_id: str
+    sealed_at: datetime
+    quote: Quote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one waiter is given."""
+
+    shared: SharedAnswer
+    proof: InclusionProof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReport:
+    """One batch, for the event stream; durations in seconds.
+
+    Args:
+        batch_id: names the batch; empty when nothing was sealed.
+        requests: members of the batch.
+        refused: waiters that got no leaf.
+        tree_size: leaves, with the filling; 0 when nothing was sealed.
+        tpm_quotes: TPM2_Quote commands of a batch that succeeded.
+        waited_s: how long the first member had waited when the pool was taken.
+        sealing_s: residency check, leaves and tree.
+        quote_s: the TPM's time, PCR values included.
+        waiting: requests that wait for a later batch.
+        outcome: ``quoted``, ``nobody left`` or the name of the error.
+    """
+
+    batch_id: str
+    requests: int
+    refused: int
+    tree_size: int
+    tpm_quotes: int
+    waited_s: float
+    sealing_s: float
+    quote_s: float
+    waiting: int
+    outcome: str
+
+
+class Bounds(Protocol):
+    """The settings that a batcher reads (`config.BatchSettings`)."""
+
+    @property
+    def pool_size(self) -> int:
+        """Waiters in all open pools together."""
+
+    @property
+    def max_pools(self) -> int:
+        """Open pools."""
+
+    @property
+    def tenant_share(self) -> int:
+        """Waiting requests of one tenant."""
+
+    @property
+    def linger_s(self) -> float:
+        """Seconds to wait for company before a pool is sealed."""
+
+
+def _nobody_looks(report: BatchReport) -> None:
+    """Default observer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a batcher takes from outside.
+
+    Args:
+        clock: monotonic time and UTC.
+        rng: order of leaves and filling; nobody may be able to predict it.
+        observe: told about every batch.
+        residency_s: seconds that a residency check may take.
+        answer_s: seconds after which a waiter gives up; a tenant does so after 30 (DESIGN 3.5, check 1).
+    """
+
+    clock: Clock = field(default_factory=SystemClock)
+    rng: random.Random = field(default_factory=random.SystemRandom)
+    observe: Callable[[BatchReport], None] = _nobody_looks
+    residency_s: float = 2.0
+    answer_s: float = 30.0
