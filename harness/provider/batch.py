@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -164,9 +164,6 @@ class Pool:
     def waiting_since_s(self) -> float:
         """When its oldest waiter came, or when the pool was last served if that is later."""
         return max(self._served_s, min(next(iter(queue)).arrived_s for queue in self._tenants.values()))
-
-    def __iter__(self) -> Iterator[Waiter]:
-        return (waiter for queue in self._tenants.values() for waiter in queue)
 
 
 def _selection_of(pcrs: Iterable[tuple[HashAlg, int]]) -> PcrSelection:
