@@ -10,14 +10,18 @@ Spec: DESIGN 7 (mTLS everywhere, nothing hard-coded).
 
 from __future__ import annotations
 
+import re
 import uuid
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict, ValidationError, ValidationInfo
 
 from harness.errors import ConfigError
+from harness.private_file import write_private
+
+_SQLITE_FILE = re.compile(r"(sqlite(?:\+[a-z]+)?:///)(?!/|:memory:|file:)(.+)")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -27,11 +31,17 @@ def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
     return path if folder is None or path.is_absolute() else folder / path
 
 
+def _database_beside_the_file(url: str, info: ValidationInfo) -> str:
+    found = _SQLITE_FILE.fullmatch(url)
+    return url if found is None else f"{found[1]}{_beside_the_file(Path(found[2]), info)}"
+
+
 FilePath = Annotated[Path, AfterValidator(_beside_the_file)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+DatabaseUrl = Annotated[str, Field(pattern=r"^[a-z0-9+]+://"), AfterValidator(_database_beside_the_file)]
+Whole = Annotated[int, Strict()]
+Port = Annotated[int, Strict(), Field(ge=0, le=65535)]
 Url = Annotated[str, Field(pattern=r"^https://[^/\s]+(/.*)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class Settings(BaseModel):
@@ -43,8 +53,17 @@ class Settings(BaseModel):
 class Listen(Settings):
     """Where a service listens; port 0 takes a free one."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 0
+    _origin: str = PrivateAttr(default="")
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Notes the file, so that a port in use is reported with it."""
+        self._origin = f"{context['file']}: " if context else ""
+
+    def refused(self, reason: str) -> ConfigError:
+        """Error for an address that cannot be listened on, with the file and the key that name it."""
+        return ConfigError(f"{self._origin}listen.port: {self.host} port {self.port}: {reason}")
 
 
 class TlsSettings(Settings):
@@ -58,10 +77,10 @@ class TlsSettings(Settings):
 class BatchSettings(Settings):
     """Bounds of the batcher (DESIGN 4): waiters in all pools, pools, waiters per tenant, and an optional linger."""
 
-    pool_size: Annotated[int, Field(ge=1, le=1 << 19)] = 65_536
-    max_pools: Annotated[int, Field(ge=1, le=64)] = 8
-    tenant_share: Annotated[int, Field(ge=1)] = 1_024
-    linger_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    pool_size: Annotated[Whole, Field(ge=1, le=1 << 19)] = 65_536
+    max_pools: Annotated[Whole, Field(ge=1, le=64)] = 8
+    tenant_share: Annotated[Whole, Field(ge=1)] = 1_024
+    linger_s: Annotated[float, Strict(), Field(ge=0, le=60)] = 0.0
     tree: Literal["rfc9162", "merklelib"] = "rfc9162"
 
 
@@ -73,10 +92,10 @@ class HostAgentSettings(Settings):
     name: Name
     tcti: str
     state_dir: FilePath
-    database: str
+    database: DatabaseUrl
     local_socket: FilePath
     guest_manager: FilePath
-    peer_uids: list[int]
+    peer_uids: list[Annotated[Whole, Field(ge=0)]]
     ak: Literal["rsa2048", "ecc256"] = "rsa2048"
     batch: BatchSettings = BatchSettings()
     registrar: Url | None = None
@@ -88,7 +107,7 @@ class ProviderVerifierSettings(Settings):
 
     listen: Listen = Listen()
     tls: TlsSettings
-    database: str
+    database: DatabaseUrl
 
 
 class ProviderRegistrarSettings(Settings):
@@ -96,7 +115,7 @@ class ProviderRegistrarSettings(Settings):
 
     listen: Listen = Listen()
     tls: TlsSettings
-    database: str
+    database: DatabaseUrl
 
 
 class TenantRegistrarSettings(Settings):
@@ -105,7 +124,7 @@ class TenantRegistrarSettings(Settings):
     listen: Listen = Listen()
     tls: TlsSettings
     tenant: Name
-    database: str
+    database: DatabaseUrl
     vendor_roots: Annotated[list[FilePath], Field(min_length=1)]
 
 
@@ -115,7 +134,7 @@ class TenantVerifierSettings(Settings):
     listen: Listen = Listen()
     tls: TlsSettings
     tenant: Name
-    database: str
+    database: DatabaseUrl
     registrar: Url
 
 
@@ -140,7 +159,7 @@ class HardwareTpmSettings(Settings):
     control: FilePath
     chip: str
     scenario: str = "good"
-    seed: int = 0
+    seed: Whole = 0
     vendor_ca: FilePath
 
 
@@ -164,8 +183,9 @@ class HostileProviderSettings(Settings):
 
 
 class HostSite(Settings):
-    """A host as the lab's operator reaches it."""
+    """A host as the lab's operator reaches it; ``host_id`` once its agent has told it."""
 
+    host_id: uuid.UUID | None = None
     agent: Url
     guest_manager: FilePath
     hardware_control: FilePath
@@ -242,20 +262,18 @@ def load(path: Path, model: type[M]) -> M:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold keys and values")
     try:
-        return model.model_validate(data, context={"folder": path.resolve().parent})
+        return model.model_validate(data, context={"file": path, "folder": path.resolve().parent})
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(path, problem) for problem in error.errors())) from None
 
 
 def _sentence(path: Path, problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "settings"
     text = {"extra_forbidden": "unknown key", "missing": "is missing"}.get(problem["type"], problem["msg"])
     return f"{path}: {key}: {text}"
 
 
 def dump(settings: BaseModel, path: Path) -> None:
-    """Writes settings to a YAML file that `load` reads back; mode 0600."""
+    """Writes settings to a YAML file that `load` reads back; whole, mode 0600."""
     data = settings.model_dump(mode="json", exclude_none=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    write_private(path, yaml.safe_dump(data, sort_keys=False).encode())

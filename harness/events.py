@@ -3,74 +3,146 @@
 Experiments, the demo's report and people read them. Nonces, keys and payloads never get in.
 
 Invariants:
-    1. A field whose name says that it is secret is replaced, wherever it is emitted.
+    1. A field whose name says that it is secret is replaced, at any depth.
     2. `emit` does not raise: an event is not worth a failed request.
+    3. Warnings of libraries and their tracebacks (``logging``) become events too: the log is JSON throughout.
+
+Owner: `configure` is called once per process, by a composition root; `emit` may be called from any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterator, MutableMapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 _SECRET = frozenset({"nonce", "key", "secret", "payload", "auth", "u", "v", "password", "quote", "attest"})
+_SECRET_ENDINGS = ("_nonce", "_key", "_secret", "_password", "_auth")
+_REDACTED = "(not logged)"
+_DEPTH = 6
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure(service: str) -> None:
-    """Sends this process's events to its standard error, marked with the service's name.
+def configure(service: str, path: Path | None = None) -> None:
+    """Sends this process's events to a file or to its standard error, marked with the service's name.
 
-    Called once, by a composition root.
+    Args:
+        service: stands in each event.
+        path: file to append to, made with mode 0600; standard error when None.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
+    stream = _appending(2 if path is None else _descriptor(path), closes=path is not None)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            _without_secrets,
-            structlog.processors.format_exc_info,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(default=str),
-        ],
+        processors=_processors(service),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(_standard_error()),
-        cache_logger_on_first_use=True,
+        logger_factory=structlog.WriteLoggerFactory(stream),
+        cache_logger_on_first_use=False,
     )
-    structlog.contextvars.bind_contextvars(service=service)
-
-
-def _standard_error() -> Any:
-    return open(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _ToEvents) for handler in root.handlers):
+        root.addHandler(_ToEvents(logging.WARNING))
 
 
 def emit(event: str, *, level: str = "info", **fields: Any) -> None:
-    """Writes one event.
+    """Writes one event; to standard error, without a service, when nothing was configured.
 
     Args:
         event: short name in snake_case.
-        level: debug, info, warning or error.
+        level: debug (not written), info, warning or error.
         **fields: plain data; ``exc_info=True`` adds the traceback of the exception that is being handled.
     """
-    structlog.get_logger().log(_LEVELS.get(level, logging.INFO), event, **fields)
-
-
-def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    for name in event:
-        if name in _SECRET:
-            event[name] = "(not logged)"
-    return event
+    with contextlib.suppress(OSError, ValueError, TypeError):  # a full disk, a closed stream, a name used twice
+        _logger().log(_LEVELS.get(level, logging.INFO), event, **fields)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events from a service's log; lines that are none (a traceback, a half-written line) are skipped."""
+    """Events from a service's log so far; lines that are none (a half-written one) are skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict) and "event" in event:
                 yield event
+
+
+def _descriptor(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def _appending(descriptor: int, *, closes: bool) -> Any:
+    """Text, written line by line, for as long as the process lives."""
+    return open(descriptor, "w", buffering=1, encoding="utf-8", closefd=closes)
+
+
+def _logger() -> Any:
+    if structlog.is_configured():
+        return structlog.get_logger()
+    return structlog.wrap_logger(
+        structlog.WriteLogger(sys.stderr),
+        processors=_processors(None),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+
+
+def _processors(service: str | None) -> list[Any]:
+    return [
+        functools.partial(_mark, service),
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _without_secrets,
+        structlog.processors.JSONRenderer(),
+    ]
+
+
+def _mark(service: str | None, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    return event if service is None else {**event, "service": service}
+
+
+def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    return {name: _REDACTED if _is_secret(name) else _plain(value, _DEPTH) for name, value in event.items()}
+
+
+def _is_secret(name: str) -> bool:
+    return name.lower() in _SECRET or name.lower().endswith(_SECRET_ENDINGS)
+
+
+def _plain(value: object, depth: int) -> object:
+    """JSON-able form of a value, without secrets."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if depth == 0:
+        return "(too deep)"
+    if isinstance(value, Mapping):
+        items = ((str(name), each) for name, each in value.items())
+        return {name: _REDACTED if _is_secret(name) else _plain(each, depth - 1) for name, each in items}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each, depth - 1) for each in value]
+    if isinstance(value, bytes | bytearray):
+        return f"({len(value)} bytes)"  # a key or a nonce is bytes more often than not
+    return str(value)
+
+
+class _ToEvents(logging.Handler):
+    """Turns records of ``logging`` into events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        with contextlib.suppress(ValueError, TypeError):  # a message that does not fit its arguments
+            emit("log", level=level, logger=record.name, detail=record.getMessage(), exc_info=record.exc_info)

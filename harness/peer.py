@@ -3,7 +3,8 @@
 Invariants:
     1. A call ends within its deadline, with the results or an error of the project.
     2. An answer is read up to its limit and not beyond.
-    3. Where a fingerprint is given, the server shows exactly that certificate, besides a chain and name that hold.
+    3. Where a certificate is pinned, the server shows that one, and a name that holds; nothing is sent before.
+    4. Nothing is sent but over mutual TLS: an address that is not https is refused.
 
 Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
 """
@@ -11,7 +12,6 @@ Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,9 +19,7 @@ from types import TracebackType
 
 import aiohttp
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from harness.channel import FRAME_LIMIT, HEARTBEAT_S, Channel
 from harness.config import TlsSettings
 from harness.errors import (
     DeadlineExceeded,
@@ -32,7 +30,8 @@ from harness.errors import (
     ProtocolError,
 )
 from harness.messages import error_from_response, parse_json
-from harness.tls import client_context, trust_also
+from harness.tls import client_context
+from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 
 ANSWER_LIMIT = 1024 * 1024
 DEADLINE_S = 30.0
@@ -49,7 +48,11 @@ class PeerClient:
         base_url: ``https://host:port``, with or without a path that all calls share.
         deadline_s: seconds for a whole call.
         limit: largest answer, in bytes.
-        pinned: the server's certificate; no other one is accepted.
+        pinned: the server's certificate, in place of all authorities; no other one is accepted.
+
+    Raises:
+        ConfigError: a file in ``tls`` is missing or unusable.
+        MalformedMessage: an address that is not https.
     """
 
     def __init__(
@@ -61,15 +64,13 @@ class PeerClient:
         limit: int = ANSWER_LIMIT,
         pinned: x509.Certificate | None = None,
     ) -> None:
+        if not base_url.startswith("https://"):
+            raise MalformedMessage(f"{base_url[:200]!r} is not an https address")
         self.base_url = base_url.rstrip("/")
         self._deadline_s = deadline_s
         self._limit = limit
-        self._context: ssl.SSLContext = client_context(tls)
-        self._fingerprint: aiohttp.Fingerprint | None = None
+        self._context: ssl.SSLContext = client_context(tls, pinned=pinned)
         self._session: aiohttp.ClientSession | None = None
-        if pinned is not None:
-            trust_also(self._context, pinned)  # it may be self-signed, as a stock agent's is
-            self._fingerprint = aiohttp.Fingerprint(hashlib.sha256(pinned.public_bytes(Encoding.DER)).digest())
 
     async def __aenter__(self) -> PeerClient:
         return self
@@ -120,6 +121,8 @@ class PeerClient:
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await self._call(method, path, params, body)
+        except aiohttp.ConnectionTimeoutError as error:
+            raise PeerUnreachable(f"{self.base_url} took more than {_CONNECT_S:g} s to connect") from error
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.base_url} gave no answer within {self._deadline_s:g} s") from error
         except aiohttp.ClientError as error:
@@ -134,7 +137,6 @@ class PeerClient:
             self.base_url + path,
             params=list(params),
             json=body,
-            ssl=self._fingerprint or True,
             allow_redirects=False,
         ) as response:
             content = bytearray()
@@ -174,9 +176,9 @@ class PeerClient:
             async with asyncio.timeout(_CONNECT_S):
                 socket = await self._open().ws_connect(
                     self.base_url + path,
-                    ssl=self._fingerprint or True,
                     heartbeat=HEARTBEAT_S,
                     max_msg_size=FRAME_LIMIT,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
                 )
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.base_url} opened no connection within {_CONNECT_S:g} s") from error
@@ -191,20 +193,17 @@ class PeerClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(
-                ssl=self._context, limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S, enable_cleanup_closed=False
-            )
+            connector = aiohttp.TCPConnector(ssl=self._context, limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S)
             self._session = aiohttp.ClientSession(
                 connector=connector,
-                timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept": "application/json", "Accept-Encoding": "identity"},
             )
         return self._session
 
     def _unreachable(self, error: aiohttp.ClientError) -> HarnessError:
-        if isinstance(error, aiohttp.ServerFingerprintMismatch):
-            return PeerUnreachable(f"{self.base_url} shows another certificate than the pinned one")
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
             return PeerUnreachable(f"{self.base_url} shows a certificate that is not accepted: {error}")
         if isinstance(error, aiohttp.WSServerHandshakeError):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import enum
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from harness.errors import ConfigError
+from harness.private_file import write_private
 
 URN = "urn:kvm-deep-attestation:"
 _DAY = datetime.timedelta(days=1)
@@ -62,8 +62,8 @@ class Issued:
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
         """Writes ``name.pem`` and ``name.key``; returns their paths."""
         certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-        _write(certificate, self.certificate.public_bytes(serialization.Encoding.PEM))
-        _write(
+        write_private(certificate, self.certificate.public_bytes(serialization.Encoding.PEM))
+        write_private(
             key,
             self.key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -110,10 +110,9 @@ class Authority:
         """Authority from the files that `write` made.
 
         Raises:
-            ConfigError: a file is missing or unusable.
+            ConfigError: a file is missing or unusable, or the key is not the certificate's.
         """
-        key = load_key(folder / "ca.key")
-        return cls(Issued(certificate=load_certificate(folder / "ca.pem"), key=key))
+        return cls(load_issued(folder / "ca.pem", folder / "ca.key"))
 
     def write(self, folder: Path) -> Path:
         """Writes ``ca.pem`` and ``ca.key``; returns the certificate's path."""
@@ -155,6 +154,18 @@ class Authority:
             .sign(self._own.key, hashes.SHA256())
         )
         return Issued(certificate=certificate, key=key)
+
+
+def load_issued(certificate: Path, key: Path) -> Issued:
+    """Certificate and key from the files that `Issued.write` made, for example to renew it.
+
+    Raises:
+        ConfigError: a file is missing or unusable, or the key is not the certificate's.
+    """
+    loaded = Issued(certificate=load_certificate(certificate), key=load_key(key))
+    if loaded.certificate.public_key() != loaded.key.public_key():
+        raise ConfigError(f"{key}: is not the key of {certificate}")
+    return loaded
 
 
 def load_certificate(path: Path) -> x509.Certificate:
@@ -222,11 +233,3 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    half = path.with_name(f".{path.name}.new")
-    with open(half, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(data)
-    half.replace(path)

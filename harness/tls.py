@@ -4,6 +4,7 @@ Invariants:
     1. Both sides show a certificate and check the other's; nothing here can turn that off.
     2. A peer's authority is the one whose *key* signed its certificate: two tenants' authorities may have equal names.
     3. Role and name are in exactly one URI among the certificate's alternative names (`pki`).
+    4. A session is never resumed: each connection is a handshake in which the certificates are checked.
 
 Spec: RFC 8446 (TLS 1.3), RFC 5246 (1.2); DESIGN 3.1, 3.2 (requester), 7.
 """
@@ -121,10 +122,9 @@ def _role_and_name(certificate: x509.Certificate) -> tuple[Role, str]:
     if len(uris) != 1 or not uris[0].startswith(URN):
         raise AccessDenied("the client certificate does not state exactly one role")
     role, _, name = uris[0].removeprefix(URN).partition(":")
-    try:
-        return Role(role), name
-    except ValueError:
-        raise AccessDenied("the client certificate states an unknown role") from None
+    if role not in set(Role) or not name:
+        raise AccessDenied("the client certificate states an unknown role, or no name")
+    return Role(role), name
 
 
 def identities_of(tls: TlsSettings) -> Identities:
@@ -142,16 +142,31 @@ def server_context(tls: TlsSettings) -> ssl.SSLContext:
     Raises:
         ConfigError: a file is missing or unusable; it is named.
     """
-    return _context(tls, ssl.PROTOCOL_TLS_SERVER)
+    context = _context(tls, ssl.PROTOCOL_TLS_SERVER)
+    for authority in tls.authorities.values():
+        trust_also(context, load_certificate(authority))
+    return context
 
 
-def client_context(tls: TlsSettings) -> ssl.SSLContext:
+def client_context(tls: TlsSettings, *, pinned: x509.Certificate | None = None) -> ssl.SSLContext:
     """Context of a client: shows its certificate, checks the server's chain and host name.
+
+    Args:
+        tls: our certificate, key, and the authorities that may vouch for the server.
+        pinned: the server's own certificate, in place of all authorities. Another one fails in the handshake, before
+            anything was sent (unless the pinned key itself signed it).
 
     Raises:
         ConfigError: a file is missing or unusable; it is named.
     """
-    return _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    if pinned is not None:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the chain ends at the pinned one, whoever signed it
+        trust_also(context, pinned)
+        return context
+    for authority in tls.authorities.values():
+        trust_also(context, load_certificate(authority))
+    return context
 
 
 def trust_also(context: ssl.SSLContext, authority: x509.Certificate) -> None:
@@ -163,14 +178,15 @@ def _context(tls: TlsSettings, protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
-    for path in (tls.certificate, tls.key, *tls.authorities.values()):
+    context.options |= ssl.OP_NO_TICKET  # a resumed session would not show the certificate again
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+    for path in (tls.certificate, tls.key):
         _must_be_readable(path)
     try:
-        context.load_cert_chain(tls.certificate, tls.key)
-    except (ssl.SSLError, OSError) as error:
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except (ssl.SSLError, OSError, ValueError) as error:
         raise ConfigError(f"{tls.certificate} and {tls.key} are not a certificate and its key") from error
-    for path in tls.authorities.values():
-        trust_also(context, load_certificate(path))
     return context
 
 

@@ -13,7 +13,8 @@ A handler takes the request and returns the results, which go into Keylime's env
 Invariants:
     1. Every route names the roles that may call it; everybody else is answered 403.
     2. Every answer is an envelope with ``Cache-Control: no-store``; an unknown exception is one neutral sentence.
-    3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing.
+    3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing (`door`).
+    4. A server stops within five seconds, whatever its handlers and peers do.
 
 Spec: DESIGN 3.1, 3.3, 7; RFC 9110.
 """
@@ -21,30 +22,38 @@ Spec: DESIGN 3.1, 3.3, 7; RFC 9110.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
+import math
 import socket
+import ssl
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 
 from harness import __version__, events
-from harness.channel import FRAME_LIMIT, HEARTBEAT_S, Channel
 from harness.config import Listen, TlsSettings
-from harness.door import Door
-from harness.errors import AccessDenied, ConfigError, DeadlineExceeded, HarnessError, MalformedMessage, MessageTooLarge
+from harness.door import Bounds, Door, request_began, request_ended
+from harness.errors import AccessDenied, DeadlineExceeded, HarnessError, MalformedMessage, MessageTooLarge
 from harness.messages import failure, parse_json, retry_after_s, status_of, success
 from harness.pki import Role
 from harness.tls import Identities, Peer, server_context
+from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 
 BODY_LIMIT = 64 * 1024
 DEADLINE_S = 35.0
-HANDSHAKE_S = 10.0
-STOP_S = 3.0
+STOP_S = 2.0
+"""aiohttp waits this long for running calls, and once more for what they have yet to read."""
 _LINE_LIMIT = 8190
 _BACKLOG = 512
+_BOUNDS = Bounds()
+_INTERNAL_FAULT = "internal fault; see the service's log"
+_CHANNELS: web.AppKey[weakref.WeakSet[web.WebSocketResponse]] = web.AppKey("channels")
 _PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
 
 Handler = Callable[[web.Request], Awaitable[object]]
@@ -59,6 +68,8 @@ class Route:
         path: aiohttp's pattern, for example ``/v1/hosts/{host_id}``.
         handler: returns the results, or a `web.StreamResponse` of its own.
         roles: who may call.
+        authority: name of the only authority whose peers may call; None where each known one is as good. A tenant
+            issues its own certificates, with any role in them: what only the provider's own people may do needs this.
         deadline_s: seconds for the whole call; None for a WebSocket.
     """
 
@@ -66,6 +77,7 @@ class Route:
     path: str
     handler: Handler
     roles: Collection[Role] = field(kw_only=True)
+    authority: str | None = field(default=None, kw_only=True)
     deadline_s: float | None = field(default=DEADLINE_S, kw_only=True)
 
 
@@ -102,14 +114,22 @@ async def read_object(request: web.Request, *, members: Collection[str]) -> dict
 
 
 def application(service: str, routes: Iterable[Route], identities: Identities) -> web.Application:
-    """Application of one service; ``GET /version`` is open to everybody with a known certificate."""
+    """Application of one service.
+
+    ``GET /version`` is open to everybody with a known certificate; a route of the service's own takes its place.
+    """
     app = web.Application(middlewares=[_envelope], client_max_size=BODY_LIMIT)
+    app[_CHANNELS] = weakref.WeakSet()
+    app.on_shutdown.append(_close_channels)
 
     async def version(_: web.Request) -> object:
         return {"service": service, "version": __version__}
 
-    for route in (Route("GET", "/version", version, roles=tuple(Role)), *routes):
-        # allow_head would let HEAD run a GET handler
+    own = list(routes)
+    if not any((route.method, route.path) == ("GET", "/version") for route in own):
+        own.append(Route("GET", "/version", version, roles=tuple(Role)))
+    for route in own:
+        # add_get would let HEAD run a handler too
         app.router.add_route(route.method, route.path, _guarded(route, identities))
     return app
 
@@ -119,12 +139,14 @@ def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Aw
 
     async def call(request: web.Request) -> web.StreamResponse:
         peer = request[_PEER] = identities.peer(_certificate(request))
-        if peer.role not in roles:
-            raise AccessDenied(f"a {peer.role.value} may not call {request.method} {route.path}")
+        if peer.role not in roles or route.authority not in {None, peer.authority}:
+            raise AccessDenied(f"a {peer.role.value} of {peer.authority} may not call {route.method} {route.path}")
         try:
-            async with asyncio.timeout(route.deadline_s):
+            async with asyncio.timeout(route.deadline_s) as deadline:
                 results = await route.handler(request)
         except TimeoutError as error:
+            if not deadline.expired():
+                raise
             raise DeadlineExceeded(f"the call took more than {route.deadline_s} s") from error
         return results if isinstance(results, web.StreamResponse) else _answer(200, success(results))
 
@@ -143,26 +165,33 @@ def _certificate(request: web.Request) -> bytes:
 async def _envelope(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    Door.begin(request.transport)
+    transport = request.transport
+    request_began(transport)
     try:
-        return await handler(request)
+        return _not_stored(await handler(request))
     except HarnessError as error:
         return _refusal(error)
     except web.HTTPRequestEntityTooLarge:
         return _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"))
     except web.HTTPException as error:
-        sentence = f"{request.method} {request.path}: {error.reason}".encode("ascii", "replace").decode()
+        sentence = ascii(f"{request.method} {request.path[:100]}: {error.reason}")[1:-1]
         return _answer(error.status, {"code": error.status, "status": sentence, "results": {}}, error.headers)
     except Exception:  # the border of a request: the client learns that it failed, the log learns why
         events.emit("internal_fault", level="error", method=request.method, path=request.path, exc_info=True)
-        return _answer(500, {"code": 500, "status": "internal fault; see the service's log", "results": {}})
+        return _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
     finally:
-        Door.end(request.transport)
+        request_ended(transport)
+
+
+def _not_stored(response: web.StreamResponse) -> web.StreamResponse:
+    if not response.prepared:  # a WebSocket is
+        response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def _refusal(error: HarnessError) -> web.Response:
     wait_s = retry_after_s(error)
-    headers = {} if wait_s is None else {"Retry-After": f"{wait_s:.3f}".rstrip("0").rstrip(".")}
+    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}  # whole seconds: RFC 9110
     return _answer(status_of(error), failure(error), headers)
 
 
@@ -177,14 +206,48 @@ def _answer(status: int, envelope: object, headers: Any = None) -> web.Response:
     )
 
 
-async def accept_channel(request: web.Request) -> tuple[Channel, web.WebSocketResponse]:
+class _Connection(web.RequestHandler):
+    """aiohttp's connection; answers what never gets as far as the application with an envelope as well."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer has been sent: there is no place for an error")
+        if status == 500:
+            events.emit("internal_fault", level="error", exc_info=exc)
+            response = _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
+        else:
+            response = _refusal(
+                MalformedMessage(f"not HTTP/1.1, or a line or header field of more than {_LINE_LIMIT} bytes")
+            )
+        response.force_close()
+        return response
+
+
+async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> tuple[Channel, web.WebSocketResponse]:
     """Opens a WebSocket on a route without deadline; the handler returns the response when it is done.
+
+    When the server stops, the channel ends as if the peer had closed it.
+
+    Args:
+        request: of the handler.
+        limit: largest frame that is received, in bytes.
 
     *Cancellation:* the connection is closed.
     """
-    response = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=FRAME_LIMIT, compress=False)
+    response = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=limit, timeout=CLOSE_S, compress=False)
     await response.prepare(request)
+    request.app[_CHANNELS].add(response)
     return Channel(response), response
+
+
+async def _close_channels(app: web.Application) -> None:
+    channels = app[_CHANNELS]
+    closings = [channel.close(code=WSCloseCode.GOING_AWAY) for channel in channels]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            await asyncio.gather(*closings, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,62 +260,63 @@ class Server:
     """
 
     url: str
-    context: Any
+    context: ssl.SSLContext
 
 
 @asynccontextmanager
 async def serve(
-    app: web.Application, tls: TlsSettings, where: Listen | socket.socket, *, max_connections: int = 4096
+    app: web.Application, tls: TlsSettings, where: Listen | socket.socket, *, bounds: Bounds = _BOUNDS
 ) -> AsyncIterator[Server]:
     """Serves an application until the context is left.
 
     Args:
         app: from `application`.
         tls: certificate, key and authorities.
-        where: address, or a listening socket that is taken over.
-        max_connections: open connections; one more is cut off at once.
+        where: address, or a bound socket that is taken over.
+        bounds: of the connections.
 
     Raises:
         ConfigError: port in use, or a TLS file that cannot be used.
 
-    *Cancellation:* stops as at the end: no new connections, running calls end within three seconds.
+    *Cancellation:* stops as at the end: no new connections, and running calls end within five seconds.
     """
     context = server_context(tls)
     listening = where if isinstance(where, socket.socket) else _listen(where)
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=STOP_S,
-        max_line_size=_LINE_LIMIT,
-        max_field_size=_LINE_LIMIT,
-    )
-    await runner.setup()
     try:
+        listening.setblocking(False)
+        listening.listen(_BACKLOG)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=STOP_S)
+        await runner.setup()
         if runner.server is None:
-            raise ConfigError("the application has no server")
-        loop = asyncio.get_running_loop()
-        door = Door(runner.server, max_connections=max_connections)
-        server = await loop.create_server(
-            door,
-            sock=listening,
-            ssl=context,
-            backlog=_BACKLOG,
-            ssl_handshake_timeout=HANDSHAKE_S,
-            ssl_shutdown_timeout=STOP_S,
+            raise RuntimeError("a runner that was set up has a server")
+        connection = functools.partial(
+            _Connection,
+            runner.server,
+            loop=asyncio.get_running_loop(),
+            max_line_size=_LINE_LIMIT,
+            max_field_size=_LINE_LIMIT,
+            keepalive_timeout=bounds.idle_s,
         )
+        accepting = asyncio.create_task(Door(connection, context, bounds).run(listening))
         try:
-            host, port = listening.getsockname()[:2]
-            yield Server(f"https://{host}:{port}", context)
+            yield Server(_url(listening), context)
         finally:
-            server.close()
+            accepting.cancel()
+            await asyncio.wait({accepting})
+            listening.close()
+            await runner.cleanup()
     finally:
-        await runner.cleanup()
         listening.close()
 
 
 def _listen(where: Listen) -> socket.socket:
     try:
-        return socket.create_server((where.host, where.port), backlog=_BACKLOG)
+        family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+        return socket.create_server((where.host, where.port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"listen: {where.host} port {where.port}: {error.strerror}") from error
+        raise where.refused(error.strerror or str(error)) from error
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"

@@ -19,6 +19,7 @@ from harness.errors import PeerUnreachable
 SEND_S = 10.0
 FRAME_LIMIT = 8 * 1024 * 1024
 HEARTBEAT_S = 10.0
+CLOSE_S = 1.0
 
 
 class Channel:
