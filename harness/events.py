@@ -28,6 +28,7 @@ _SECRET = frozenset({"nonce", "key", "secret", "payload", "auth", "u", "v", "pas
 _SECRET_ENDINGS = ("_nonce", "_key", "_secret", "_password", "_auth")
 _REDACTED = "(not logged)"
 _DEPTH = 6
+_STANDARD_ERROR = 2
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -41,11 +42,13 @@ def configure(service: str, path: Path | None = None) -> None:
     Raises:
         OSError: the file cannot be opened.
     """
-    stream = _appending(2 if path is None else _descriptor(path), closes=path is not None)
+    descriptor = _STANDARD_ERROR
+    if path is not None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     structlog.configure(
         processors=_processors(service),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=_Lines(descriptor),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
@@ -81,13 +84,23 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def _descriptor(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+class _Lines:
+    """Writes each line at once and whole: lines of several processes in one file do not mix.
 
+    Args:
+        descriptor: of a file, open for as long as the process lives.
+    """
 
-def _appending(descriptor: int, *, closes: bool) -> Any:
-    """Text, written line by line, for as long as the process lives."""
-    return open(descriptor, "w", buffering=1, encoding="utf-8", closefd=closes)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __call__(self, *_: object) -> _Lines:
+        return self
+
+    def info(self, line: str) -> None:
+        os.write(self.descriptor, f"{line}\n".encode())
+
+    debug = warning = error = info
 
 
 def _logger() -> Any:
