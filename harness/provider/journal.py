@@ -1,0 +1,134 @@
+"""The host agent's journal: which vTPM keys were certified for which guest, and which EK each guest last ran with.
+
+Invariants:
+    1. One key of each kind per guest, and one guest per key, until the operator releases them (an act that stays in
+       the journal).
+    2. `record` commits before the certificate leaves: a certificate that exists is in the journal.
+
+Owner: the host agent.
+
+Spec: DESIGN 3.6 (vTPM manufacture), 3.1 (runs here).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import select
+
+from harness.errors import CloneSuspected, Conflict, NotFound
+from harness.provider.tables import IssuedCertificate, SeenVtpm
+from harness.store import Store
+from harness.values import AgentId, parse_agent_id
+
+RSA_EK, ECC_EK, PLATFORM = "rsa-ek", "ecc-ek", "platform"
+
+
+class Journal:
+    """The journal of one host.
+
+    Args:
+        store: the host agent's database.
+        now: seconds since the epoch.
+    """
+
+    def __init__(self, store: Store, *, now: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._now = now
+
+    async def record(self, agent_id: AgentId, kind: str, spki_digest: bytes, serial: int) -> None:
+        """Records a key that is about to be certified.
+
+        Args:
+            agent_id: the guest.
+            kind: `RSA_EK`, `ECC_EK` or `PLATFORM`.
+            spki_digest: SHA-256 of the key's SubjectPublicKeyInfo.
+            serial: of the certificate.
+
+        Raises:
+            Conflict: the guest has a certified key of this kind already.
+            CloneSuspected: the key is certified for another guest.
+
+        *Cancellation:* recorded or not.
+        """
+        issued = IssuedCertificate
+        async with self._store.begin() as session:
+            # The platform certificate is for the same RSA key as the EK certificate.
+            other = await session.scalar(
+                select(issued.agent_id).where(
+                    issued.spki_digest == spki_digest, issued.released_at.is_(None), issued.agent_id != str(agent_id)
+                )
+            )
+            if other is not None:
+                raise CloneSuspected(f"this vTPM key is in the journal for guest {other}")
+            mine = await session.scalar(
+                select(issued.id).where(
+                    issued.agent_id == str(agent_id), issued.kind == kind, issued.released_at.is_(None)
+                )
+            )
+            if mine is not None:
+                raise Conflict(f"guest {agent_id} has a certified {kind} already; an operator must release it first")
+            session.add(
+                issued(
+                    agent_id=str(agent_id),
+                    kind=kind,
+                    spki_digest=spki_digest,
+                    serial=f"{serial:x}",
+                    issued_at=self._now(),
+                )
+            )
+
+    async def release(self, agent_id: AgentId, reason: str) -> None:
+        """Releases all keys of a guest, so that a new vTPM can be manufactured for it.
+
+        Raises:
+            NotFound: nothing is in the journal for this guest.
+
+        *Cancellation:* released or not.
+        """
+        async with self._store.begin() as session:
+            rows = await session.scalars(
+                select(IssuedCertificate).where(
+                    IssuedCertificate.agent_id == str(agent_id), IssuedCertificate.released_at.is_(None)
+                )
+            )
+            found = list(rows)
+            if not found:
+                raise NotFound(f"the journal holds no vTPM of guest {agent_id}")
+            for row in found:
+                row.released_at, row.reason = self._now(), reason
+
+    async def rsa_eks(self) -> dict[AgentId, bytes]:
+        """SHA-256 of the SubjectPublicKeyInfo of every guest's certified RSA EK."""
+        async with self._store.begin() as session:
+            rows = await session.scalars(
+                select(IssuedCertificate).where(
+                    IssuedCertificate.kind == RSA_EK, IssuedCertificate.released_at.is_(None)
+                )
+            )
+            return {parse_agent_id(row.agent_id): row.spki_digest for row in rows}
+
+    async def saw(self, agent_id: AgentId, state: Path, status: os.stat_result, spki_digest: bytes) -> None:
+        """Records the EK that a copy of a guest's vTPM state holds, with device and inode of the state file.
+
+        *Cancellation:* recorded or not.
+        """
+        async with self._store.begin() as session:
+            await session.merge(
+                SeenVtpm(
+                    agent_id=str(agent_id),
+                    state_dir=str(state.parent),
+                    device=str(status.st_dev),
+                    inode=str(status.st_ino),
+                    spki_digest=spki_digest,
+                    seen_at=self._now(),
+                )
+            )
+
+    async def seen(self) -> dict[AgentId, bytes]:
+        """EK that each guest last ran with."""
+        async with self._store.begin() as session:
+            return {parse_agent_id(row.agent_id): row.spki_digest for row in await session.scalars(select(SeenVtpm))}
