@@ -170,6 +170,17 @@ class Admission:
 
         return await self._judge(judge)
 
+    async def hosts_of(self, tenant: str) -> list[HostId]:
+        """Hosts that this tenant may ask, as of now.
+
+        Raises:
+            StoreError: the database cannot be read.
+
+        *Cancellation:* nothing has happened.
+        """
+        await self.refresh(MISS_S)
+        return self.current().hosts_of(tenant)
+
     async def _judge(self, judge: Callable[[Snapshot], Admitted]) -> Admitted:
         try:
             return judge(self.current())

@@ -100,7 +100,7 @@ class Proxy:
         return await self._links.link(admitted.host_id).quote(pending)
 
     async def _hosts(self, _request: web.Request, peer: Peer) -> object:
-        return {"hosts": [str(host_id) for host_id in self._admission.current().hosts_of(peer.authority)]}
+        return {"hosts": [str(host_id) for host_id in await self._admission.hosts_of(peer.authority)]}
 
     async def _identity(self, request: web.Request, peer: Peer) -> object:
         admitted = await self._admit(request, peer)

@@ -163,3 +163,12 @@ def test_a_tenant_is_told_of_its_own_hosts_only() -> None:
     """Hosts on which it has an allowlist, and that are there."""
     assert RECORDS.hosts_of("alice") == [HOST]
     assert RECORDS.hosts_of("bob") == []
+
+
+async def test_a_list_of_hosts_is_fresh() -> None:
+    """A host that has just been announced is in it."""
+    desk = Desk(Snapshot())
+    assert await desk.admission.hosts_of("alice") == []
+    desk.database.records = RECORDS
+    desk.clock.now_s += MISS_S
+    assert await desk.admission.hosts_of("alice") == [HOST]

@@ -1,0 +1,103 @@
+"""The host agent: the measured process on the host that owns the hardware TPM.
+
+It provisions the TPM's keys, quotes batches for provider verifiers, and runs the guests' side (residency, vTPM CA).
+
+Invariants:
+    1. It is the only user of the TPM's AK and CA key; what it signs for others it computed itself (`keys`, `batcher`).
+    2. When it ends, whatever the reason, every waiter has been released and every stream closed.
+    3. A TPM client that was given up ends the service: a supervisor starts it anew, with a new client.
+
+Owner: itself.
+
+Spec: DESIGN 3.2 (who may compute it), 4; docs/protocol.md, stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Protocol
+
+from harness import events
+from harness.config import HostAgentSettings
+from harness.peer import PeerClient
+from harness.provider.announcement import keep_announced
+from harness.provider.batching import Residency
+from harness.provider.clock import SystemClock
+from harness.provider.keys import HostKeys
+from harness.provider.stream_routes import Quoting
+from harness.tls import identities_of
+from harness.web import application, serve
+
+
+class GuestSide(Residency, Protocol):
+    """What the host agent needs of its guests' side."""
+
+    @property
+    def ca_certificate(self) -> bytes:
+        """Self-signed certificate of the vTPM CA key, DER."""
+
+    async def run(self) -> None:
+        """Watches the guests and serves the local socket. *Cancellation:* stops in order."""
+
+
+OpenGuestSide = Callable[[HostAgentSettings, HostKeys], AbstractAsyncContextManager[GuestSide]]
+"""Opens what the guests' side keeps on this host."""
+
+
+class HostAgent:
+    """The service.
+
+    Args:
+        settings: from its file.
+        open_guest_side: journal, residency and vTPM CA of this host.
+    """
+
+    def __init__(self, settings: HostAgentSettings, open_guest_side: OpenGuestSide) -> None:
+        self._settings = settings
+        self._open_guest_side = open_guest_side
+
+    async def run(self, sock: socket.socket | None = None) -> None:
+        """Serves until it is cancelled.
+
+        Args:
+            sock: bound and listening; else the settings say where.
+
+        Raises:
+            ConfigError: unusable settings, files or address.
+            TpmError: the TPM, or a key in it, cannot be used, now or any more.
+
+        *Cancellation:* waiters are released, their answers sent, streams closed; the TPM's last command is awaited.
+        """
+        from harness.tpm import Tpm
+
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            tpm = await stack.enter_async_context(await Tpm.open(settings.tcti))
+            keys = await HostKeys.provision(tpm, settings.state_dir, ak=settings.ak)
+            guests = await stack.enter_async_context(self._open_guest_side(settings, keys))
+            quoting = Quoting(keys, guests, settings.batch, guests.ca_certificate)
+            app = application("host-agent", quoting.routes, identities_of(settings.tls))
+            server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
+            stack.push_async_callback(quoting.stop)
+            events.emit("ready", host_id=str(keys.identity.host_id), url=server.url, ak=settings.ak)
+            await self._work(quoting, guests, keys, settings.public_url or server.url)
+
+    async def _work(self, quoting: Quoting, guests: GuestSide, keys: HostKeys, url: str) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(quoting.run())
+                tasks.create_task(guests.run())
+                tasks.create_task(self._announce(keys, url))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+
+    async def _announce(self, keys: HostKeys, url: str) -> None:
+        registrar = self._settings.registrar
+        if registrar is None:
+            return
+        path, record = f"/v1/hosts/{keys.identity.host_id}", {"url": url, "name": self._settings.name}
+        async with PeerClient(self._settings.tls, registrar) as client:
+            await keep_announced(lambda: client.put(path, record), SystemClock())

@@ -1,0 +1,75 @@
+"""The provider verifier as a service: proxy, admission, links and tenants' authorities put together.
+
+Invariants:
+    1. No request is judged before the provider's records were read once.
+    2. When it ends, calls in work are answered first (503), then connections are closed.
+
+Owner: itself.
+
+Spec: DESIGN 3.1; docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+from harness import events
+from harness.config import ProviderVerifierSettings
+from harness.provider.admission import Admission, Load, Snapshot
+from harness.provider.authorities import TenantAuthorities
+from harness.provider.host_links import HostLinks, over_tls
+from harness.provider.proxy import Proxy
+from harness.tls import identities_of
+from harness.web import application, serve
+
+OpenRecords = Callable[[str], AbstractAsyncContextManager[Load]]
+"""Opens the provider's database at a URL; gives what reads a snapshot of it."""
+
+
+class ProviderVerifier:
+    """The service.
+
+    Args:
+        settings: from its file.
+        open_records: the provider's database.
+    """
+
+    def __init__(self, settings: ProviderVerifierSettings, open_records: OpenRecords) -> None:
+        self._settings = settings
+        self._open_records = open_records
+
+    async def run(self, sock: socket.socket | None = None) -> None:
+        """Serves until it is cancelled.
+
+        Args:
+            sock: bound and listening; else the settings say where.
+
+        Raises:
+            ConfigError: unusable settings, files or address.
+            StoreError: the provider's database cannot be read at the start.
+
+        *Cancellation:* calls in work are answered, then everything is closed.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            load = await stack.enter_async_context(self._open_records(settings.database))
+            clients = await stack.enter_async_context(AsyncExitStack())
+            links = HostLinks(over_tls(settings.tls, clients))
+            followers: list[Callable[[Snapshot], None]] = [lambda snapshot: links.follow(snapshot.hosts)]
+
+            def changed(snapshot: Snapshot) -> None:
+                for follow in followers:
+                    follow(snapshot)
+
+            admission = Admission(load, changed=changed)
+            identities = identities_of(settings.tls)
+            app = application("provider-verifier", Proxy(admission, links).routes, identities)
+            server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
+            await stack.enter_async_context(links)  # left before the server is: its waiters are answered
+            tenants = TenantAuthorities(identities, server.context)
+            followers.append(lambda snapshot: tenants.follow(snapshot.tenants))
+            await admission.refresh(0)
+            events.emit("ready", url=server.url)
+            await admission.run()
