@@ -28,10 +28,10 @@ from harness.sim.faults import FaultInjector, parse_plan
 from harness.sim.profiles import load_profile
 from harness.sim.swtpm import manufacture
 from harness.sim.tpm_proxy import TpmProxy
-from harness.sim.unix_server import UnixServer
 from harness.sim.vendor import EK_CERTIFICATE_RSA2048, open_vendor
 from harness.swtpm import SwtpmProcess
 from harness.tpm import Tpm
+from harness.unix_server import UnixServer
 
 
 class HardwareSettings(Protocol):

@@ -40,7 +40,7 @@ from harness.sim.commands import (
 )
 from harness.sim.faults import Action, Effect, Fault, FaultInjector
 from harness.sim.profiles import ChipProfile, LatencySampler
-from harness.sim.unix_server import UnixServer
+from harness.unix_server import UnixServer
 
 _BACKEND_S = 60.0  # longer than any command of swtpm; RSA-2048 key creation takes seconds on a busy machine
 _HOLD_S = 5.0
