@@ -1,0 +1,278 @@
+"""The provider's records: tenants, hosts, allowlists, guests.
+
+Invariants:
+    1. A guest's owner and host are stated once; another owner or host needs the guest to be removed first.
+    2. EK and AK of a registered guest are not changed, and serve no other guest.
+
+Owner: the provider registrar writes; the provider verifier reads snapshots.
+
+Spec: DESIGN 3.1, 3.6.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from harness.errors import CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
+from harness.provider.admission import GuestRecord, Snapshot
+from harness.provider.stream import parse_allowlist
+from harness.provider.tables import Allowlist, Guest, Host, Tenant
+from harness.store import Store
+from harness.values import AgentId, HostId, PcrSelection, parse_agent_id, parse_host_id, pcrs_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestContact:
+    """What a guest registers at the provider: its keys and where it is reached."""
+
+    ek: bytes
+    ak: bytes
+    ip: str | None
+    port: int | None
+    mtls_cert: str | None
+
+
+async def load_snapshot(store: Store) -> Snapshot:
+    """All records at one moment, for `admission`.
+
+    Raises:
+        StoreError: the database cannot be read.
+
+    *Cancellation:* nothing has happened.
+    """
+    async with store.begin() as session:
+        tenants = list(await session.scalars(select(Tenant)))
+        hosts = list(await session.scalars(select(Host)))
+        allowlists = list(await session.scalars(select(Allowlist)))
+        guests = list(await session.scalars(select(Guest)))
+    return Snapshot(
+        tenants={row.name: row.ca_pem for row in tenants},
+        hosts={parse_host_id(row.host_id): row.url for row in hosts},
+        allowlists={(row.tenant, parse_host_id(row.host_id)): _banks(row.banks) for row in allowlists},
+        guests={
+            parse_agent_id(row.agent_id): GuestRecord(tenant=row.tenant, host_id=parse_host_id(row.host_id))
+            for row in guests
+        },
+    )
+
+
+class RegistrarStore:
+    """The provider registrar's tables.
+
+    Args:
+        store: the provider's database.
+        now: seconds since the epoch.
+    """
+
+    def __init__(self, store: Store, *, now: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._now = now
+
+    # --- tenants ------------------------------------------------------------------------------------------
+
+    async def add_tenant(self, name: str, ca_pem: str) -> None:
+        """Onboards a tenant; repeating it with the same CA changes nothing.
+
+        Raises:
+            Conflict: the tenant exists with another CA.
+        """
+        async with self._store.begin() as session:
+            row = await session.get(Tenant, name)
+            if row is None:
+                session.add(Tenant(name=name, ca_pem=ca_pem))
+            elif row.ca_pem != ca_pem:
+                raise Conflict(f"tenant {name} exists with another CA; remove it first")
+
+    async def remove_tenant(self, name: str) -> None:
+        """Removes a tenant and its allowlists.
+
+        Raises:
+            NotFound: no such tenant.
+            Conflict: it has guests.
+        """
+        async with self._store.begin() as session:
+            row = await _tenant(session, name)
+            if await session.scalar(select(Guest.agent_id).where(Guest.tenant == name).limit(1)):
+                raise Conflict(f"tenant {name} has guests; remove them first")
+            await session.execute(delete(Allowlist).where(Allowlist.tenant == name))
+            await session.delete(row)
+
+    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection) -> None:
+        """Sets what a tenant may see on a host; an empty list takes it all away.
+
+        Raises:
+            NotFound: no such tenant.
+        """
+        banks = {bank.text: list(pcrs_in(mask)) for bank, mask in allowlist.banks}
+        async with self._store.begin() as session:
+            await _tenant(session, tenant)
+            if banks:
+                await session.merge(Allowlist(tenant=tenant, host_id=str(host_id), banks=json.dumps(banks)))
+            else:
+                await session.execute(
+                    delete(Allowlist).where(Allowlist.tenant == tenant, Allowlist.host_id == str(host_id))
+                )
+
+    async def tenants(self) -> list[dict[str, Any]]:
+        """All tenants with their allowlists."""
+        async with self._store.begin() as session:
+            rows = list(await session.scalars(select(Tenant).order_by(Tenant.name)))
+            allowlists = list(await session.scalars(select(Allowlist)))
+        return [
+            {
+                "name": row.name,
+                "allowlists": {
+                    entry.host_id: json.loads(entry.banks) for entry in allowlists if entry.tenant == row.name
+                },
+            }
+            for row in rows
+        ]
+
+    # --- hosts --------------------------------------------------------------------------------------------
+
+    async def announce_host(self, host_id: HostId, name: str, url: str) -> None:
+        """Records where a host's agent is reached.
+
+        Raises:
+            Conflict: another host has this name.
+        """
+        async with self._store.begin() as session:
+            other = await session.scalar(select(Host).where(Host.name == name, Host.host_id != str(host_id)))
+            if other is not None:
+                raise Conflict(f"the name {name} belongs to host {other.host_id}")
+            await session.merge(Host(host_id=str(host_id), name=name, url=url, reported_at=self._now()))
+
+    async def report_guests(self, host_id: HostId, reports: Sequence[Mapping[str, str]]) -> None:
+        """Records what a host says of its own guests; informative, nothing is decided by it."""
+        by_id = {report["agent_id"]: report for report in reports}
+        async with self._store.begin() as session:
+            for row in await session.scalars(select(Guest).where(Guest.host_id == str(host_id))):
+                report = by_id.get(row.agent_id)
+                row.reported_state = report["state"] if report else None
+                row.vtpm_ek = report["vtpm_ek"] if report else None
+
+    async def hosts(self) -> list[dict[str, Any]]:
+        """All hosts."""
+        async with self._store.begin() as session:
+            rows = await session.scalars(select(Host).order_by(Host.name))
+            return [{"host_id": row.host_id, "name": row.name, "url": row.url} for row in rows]
+
+    # --- guests -------------------------------------------------------------------------------------------
+
+    async def define_guest(self, agent_id: AgentId, tenant: str, host_id: HostId, name: str) -> None:
+        """Records whose a guest is and where it runs; repeating it changes nothing.
+
+        Raises:
+            NotFound: no such tenant or host.
+            Conflict: the guest exists with another owner or host.
+        """
+        async with self._store.begin() as session:
+            await _tenant(session, tenant)
+            if await session.get(Host, str(host_id)) is None:
+                raise NotFound(f"no host {host_id}")
+            row = await session.get(Guest, str(agent_id))
+            if row is None:
+                session.add(Guest(agent_id=str(agent_id), tenant=tenant, host_id=str(host_id), name=name))
+            elif (row.tenant, row.host_id) != (tenant, str(host_id)):
+                raise Conflict(f"guest {agent_id} exists with another owner or host; remove it first")
+
+    async def remove_guest(self, agent_id: AgentId) -> None:
+        """Forgets a guest.
+
+        Raises:
+            NotFound: no such guest.
+        """
+        async with self._store.begin() as session:
+            await session.delete(await _guest(session, agent_id))
+
+    async def guests(self) -> list[dict[str, Any]]:
+        """All guests."""
+        async with self._store.begin() as session:
+            rows = await session.scalars(select(Guest).order_by(Guest.tenant, Guest.name))
+            return [_shown(row) for row in rows]
+
+    async def registered_guest(self, agent_id: AgentId) -> dict[str, Any]:
+        """One guest.
+
+        Raises:
+            NotFound: no such guest.
+        """
+        async with self._store.begin() as session:
+            return _shown(await _guest(session, agent_id))
+
+    async def check_registration(self, agent_id: AgentId, tenant: str, contact: GuestContact) -> None:
+        """Checks that these keys may become this guest's.
+
+        Raises:
+            NotYourGuest: no such guest, or another tenant's.
+            KeyChanged, CloneSuspected: as `register_guest`.
+        """
+        async with self._store.begin() as session:
+            await _registrable(session, agent_id, tenant, contact)
+
+    async def register_guest(self, agent_id: AgentId, tenant: str, contact: GuestContact) -> None:
+        """Records a guest's keys and contact after it proved to have them.
+
+        Raises:
+            NotYourGuest: no such guest, or another tenant's.
+            KeyChanged: it is registered with other keys.
+            CloneSuspected: a key belongs to another guest.
+        """
+        async with self._store.begin() as session:
+            row = await _registrable(session, agent_id, tenant, contact)
+            row.ek, row.ak = contact.ek, contact.ak
+            row.ip, row.port, row.mtls_cert = contact.ip, contact.port, contact.mtls_cert
+
+
+async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, contact: GuestContact) -> Guest:
+    row = await session.get(Guest, str(agent_id))
+    if row is None or row.tenant != tenant:
+        raise NotYourGuest("no such guest of this tenant")
+    if row.ek is not None and (row.ek, row.ak) != (contact.ek, contact.ak):
+        raise KeyChanged(f"guest {agent_id} is registered with another EK or AK; remove it to register it anew")
+    keys = (contact.ek, contact.ak)
+    other = await session.scalar(
+        select(Guest.agent_id).where(Guest.agent_id != str(agent_id), Guest.ek.in_(keys) | Guest.ak.in_(keys)).limit(1)
+    )
+    if other is not None:
+        raise CloneSuspected("the EK or AK belongs to another guest")
+    return row
+
+
+async def _tenant(session: AsyncSession, name: str) -> Tenant:
+    row = await session.get(Tenant, name)
+    if row is None:
+        raise NotFound(f"no tenant {name}")
+    return row
+
+
+async def _guest(session: AsyncSession, agent_id: AgentId) -> Guest:
+    row = await session.get(Guest, str(agent_id))
+    if row is None:
+        raise NotFound(f"no guest {agent_id}")
+    return row
+
+
+def _shown(row: Guest) -> dict[str, Any]:
+    return {
+        "agent_id": row.agent_id,
+        "name": row.name,
+        "tenant": row.tenant,
+        "host_id": row.host_id,
+        "registered": row.ak is not None,
+        "ip": row.ip,
+        "port": row.port,
+        "state": row.reported_state,
+        "vtpm_ek": row.vtpm_ek,
+    }
+
+
+def _banks(text: str) -> PcrSelection:
+    return parse_allowlist(json.loads(text))
