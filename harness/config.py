@@ -164,11 +164,17 @@ class HardwareTpmSettings(Settings):
 
 
 class GuestManagerSettings(Settings):
-    """Guest manager of the lab: its socket, and the host agent's local socket that it reports starts to."""
+    """Guest manager of the lab: its socket, the host agent's local socket, and the tool that certifies its vTPMs.
+
+    ``logs`` is the folder for the guest agents' output.
+    """
 
     state_dir: FilePath
     socket: FilePath
     host_agent: FilePath
+    create_certs_tool: FilePath
+    create_certs_config: FilePath
+    logs: FilePath
 
 
 class HostileProviderSettings(Settings):

@@ -5,7 +5,7 @@
     HarnessError                  root; never raised itself
       ConfigError                 bad settings or topology; exit code 2
       ProtocolError               MalformedMessage, UnsupportedVersion, MessageTooLarge
-      TransportError              PeerUnreachable, DeadlineExceeded, PeerRefusedUs     (the first two are retryable)
+      TransportError              PeerUnreachable, DeadlineExceeded, PeerRefusedUs, LocalRefusal  (the first two: retryable)
       Overloaded                  PoolFull, ShareExhausted, ShuttingDown, NotReady     (retryable, retry_after_s)
       Refused                     NotYourGuest (unknown ones too), GuestNotHere, SelectionNotAllowed, AccessDenied
       BatchFailed                 carries batch id and cause                           (retryable)
@@ -98,6 +98,19 @@ class PeerRefusedUs(TransportError):
     def __init__(self, detail: str, *, status: int, error: str | None = None) -> None:
         super().__init__(detail)
         self.status = status
+        self.error = error
+
+
+class LocalRefusal(TransportError):
+    """A service behind a local socket understood, and refused.
+
+    Args:
+        detail: the sentence it gave.
+        error: its error's name.
+    """
+
+    def __init__(self, detail: str, *, error: str) -> None:
+        super().__init__(detail)
         self.error = error
 
 

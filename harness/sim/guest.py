@@ -1,0 +1,166 @@
+"""One process guest: a vTPM made by the real swtpm_setup, its measured boot, and the agent that runs inside it.
+
+Invariants:
+    1. The vTPM is manufactured once, at the first start; its certificates come from the tool that was defined for it.
+    2. Before the guest runs, the host agent has read its EK from a copy of the state; then its boot is measured.
+    3. A stopped guest leaves no process.
+
+Owner: the guest manager; `start` and `stop` of one guest exclude each other.
+
+Spec: DESIGN 3.6 (vTPM manufacture), 5 (process guests).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from harness.errors import GuestDidNotStart, HarnessError
+from harness.sim.boot import Scenario, replay
+from harness.sim.swtpm import CreateCerts, manufacture
+from harness.swtpm import SwtpmProcess
+from harness.tpm import Tpm
+from harness.unix_client import ask
+from harness.values import AgentId
+
+_HOOK_S = 40.0
+_TPM_S = 20.0
+
+
+class AgentProcess(Protocol):
+    """The guest agent, as the composition root started it."""
+
+    async def stop(self) -> None:
+        """Ends it and waits for its end."""
+
+
+Spawn = Callable[[str, Path], AgentProcess]
+"""Starts the guest agent of a guest with this name and settings file."""
+Changed = Callable[[str], None]
+"""Told the new state of the domain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDefinition:
+    """What a guest is.
+
+    Args:
+        agent_id: its UUID.
+        name: for people and ``--vmid``.
+        scenario: what it boots.
+        agent_config: settings of its guest agent; None: nothing runs inside.
+        tool: create_certs_tool for its vTPM.
+        tool_config: its configuration file.
+    """
+
+    agent_id: AgentId
+    name: str
+    scenario: str
+    agent_config: Path | None
+    tool: Path
+    tool_config: Path
+
+
+class ProcessGuest:
+    """One guest.
+
+    Args:
+        definition: what it is.
+        folder: where it lives.
+        host_agent: the host agent's local socket.
+        spawn: starts its agent.
+        changed: told about its states: starting, running, shutoff.
+    """
+
+    def __init__(
+        self, definition: GuestDefinition, folder: Path, host_agent: Path, *, spawn: Spawn, changed: Changed
+    ) -> None:
+        self.definition = definition
+        self.state = "shutoff"
+        self.state_dir = folder / "tpm"
+        self._folder = folder
+        self._host_agent = host_agent
+        self._spawn = spawn
+        self._changed = changed
+        self._swtpm = SwtpmProcess(self.state_dir, folder / "s", folder / "swtpm.log")
+        self._agent: AgentProcess | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Starts the guest; does nothing when it runs.
+
+        Raises:
+            GuestDidNotStart: manufacture, host agent, vTPM or boot failed; the guest is off.
+            ConfigError: its scenario cannot be used.
+
+        *Cancellation:* the guest is off.
+        """
+        async with self._lock:
+            if self.state == "running":
+                return
+            scenario = Scenario.load(self.definition.scenario)
+            self._enter("starting")
+            try:
+                await self._power_on(scenario)
+            except HarnessError as error:
+                await self._power_off()
+                raise GuestDidNotStart(f"guest {self.definition.name}: {error.detail}") from error
+            except BaseException:
+                await self._power_off()
+                raise
+            self._watching = asyncio.create_task(self._watch())
+            self._enter("running")
+            if self.definition.agent_config is not None:
+                self._agent = self._spawn(self.definition.name, self.definition.agent_config)
+
+    async def stop(self) -> None:
+        """Stops the guest in order; does nothing when it is off.
+
+        *Cancellation:* its processes are ended.
+        """
+        async with self._lock:
+            if self._watching is not None:
+                self._watching.cancel()
+                await asyncio.gather(self._watching, return_exceptions=True)
+                self._watching = None
+            await self._power_off()
+
+    async def _power_on(self, scenario: Scenario) -> None:
+        wanted = self.definition
+        if not await asyncio.to_thread(self.state_dir.exists):
+            vmid = f"{wanted.name}:{wanted.agent_id}"
+            certs = CreateCerts(tool=wanted.tool, config=wanted.tool_config, options=wanted.tool_config, vmid=vmid)
+            await manufacture(self.state_dir, create_certs=certs)
+        start = {"op": "starting", "agent_id": str(wanted.agent_id), "state_dir": str(self.state_dir)}
+        await ask(self._host_agent, start, deadline_s=_HOOK_S)
+        await self._swtpm.start()
+        async with await Tpm.open(self._swtpm.tcti, timeout_s=_TPM_S) as tpm:
+            await tpm.startup()
+            await replay(scenario, tpm)
+
+    async def _power_off(self) -> None:
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            await agent.stop()
+        if self._swtpm.running:
+            with contextlib.suppress(HarnessError):  # a vTPM that takes no command any more is switched off too
+                async with await Tpm.open(self._swtpm.tcti, timeout_s=_TPM_S) as tpm:
+                    await tpm.shutdown()
+        await self._swtpm.stop()
+        if self.state != "shutoff":
+            self._enter("shutoff")
+
+    async def _watch(self) -> None:
+        await self._swtpm.wait()
+        async with self._lock:
+            self._watching = None
+            await self._power_off()
+
+    def _enter(self, state: str) -> None:
+        self.state = state
+        self._changed(state)
