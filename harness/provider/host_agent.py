@@ -26,6 +26,7 @@ from harness.peer import PeerClient
 from harness.provider.announcement import keep_announced
 from harness.provider.batching import Residency
 from harness.provider.clock import SystemClock
+from harness.provider.guest_side import open_guest_side
 from harness.provider.keys import HostKeys
 from harness.provider.stream_routes import Quoting
 from harness.tls import identities_of
@@ -38,6 +39,12 @@ class GuestSide(Residency, Protocol):
     @property
     def ca_certificate(self) -> bytes:
         """Self-signed certificate of the vTPM CA key, DER."""
+
+    async def report(self) -> list[dict[str, str]]:
+        """State and vTPM of every guest, for the provider registrar. Raises NotReady while it is not known."""
+
+    async def changed(self) -> None:
+        """Returns at the next change of what `report` gives."""
 
     async def run(self) -> None:
         """Watches the guests and serves the local socket. *Cancellation:* stops in order."""
@@ -55,7 +62,7 @@ class HostAgent:
         open_guest_side: journal, residency and vTPM CA of this host.
     """
 
-    def __init__(self, settings: HostAgentSettings, open_guest_side: OpenGuestSide) -> None:
+    def __init__(self, settings: HostAgentSettings, open_guest_side: OpenGuestSide = open_guest_side) -> None:
         self._settings = settings
         self._open_guest_side = open_guest_side
 
@@ -90,14 +97,19 @@ class HostAgent:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(quoting.run())
                 tasks.create_task(guests.run())
-                tasks.create_task(self._announce(keys, url))
+                tasks.create_task(self._announce(keys, guests, url))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
 
-    async def _announce(self, keys: HostKeys, url: str) -> None:
+    async def _announce(self, keys: HostKeys, guests: GuestSide, url: str) -> None:
         registrar = self._settings.registrar
         if registrar is None:
             return
         path, record = f"/v1/hosts/{keys.identity.host_id}", {"url": url, "name": self._settings.name}
         async with PeerClient(self._settings.tls, registrar) as client:
-            await keep_announced(lambda: client.put(path, record), SystemClock())
+
+            async def announce() -> None:
+                await client.put(path, record)
+                await client.put(f"{path}/guests", {"guests": await guests.report()})
+
+            await keep_announced(announce, guests.changed, SystemClock())

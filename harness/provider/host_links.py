@@ -4,7 +4,7 @@ Invariants:
     1. There is one link for each host in the latest snapshot, at the URL that it has there, and no other.
     2. When the context is left, every link is closed and everything that waited on one has been released.
 
-Owner: `proxy.Proxy`; `follow` and `link` are called in one event loop.
+Owner: `proxy.ProviderVerifier`; `follow` and `link` are called in one event loop.
 
 Spec: DESIGN 4 (one multiplexed stream per host).
 """

@@ -1,142 +1,102 @@
-"""The provider verifier: authenticates tenants, admits or refuses, forwards to the host, answers.
-
-It can state nothing itself: it forwards fields, and hands back what a host agent's TPM signed.
+"""The provider verifier as a service: proxy, admission, links and tenants' authorities put together.
 
 Invariants:
-    1. Whose request it is comes from the client certificate: the tenant from the authority that signed it, the
-       requester from its key. Nothing in the request can change either.
-    2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and an event.
-    3. A tenant's enrolment orders in work are bounded, so that one tenant cannot keep the others from enrolling.
+    1. No request is judged before the provider's records were read once.
+    2. When it ends, calls in work are answered first (503), then connections are closed.
 
-Owner: the service `ProviderVerifier`.
+Owner: itself.
 
-Spec: DESIGN 3.1, 3.3, 3.6; docs/protocol.md (enrolment).
+Spec: DESIGN 3.1; docs/architecture.md.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-
-from aiohttp import web
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from harness import events
-from harness.credential import parse_keylime_blob
-from harness.errors import HarnessError, MalformedMessage, ShareExhausted
-from harness.messages import parse_verifier_query
-from harness.pki import Role
-from harness.provider.admission import Admission, Admitted
-from harness.provider.batch import PendingQuote
-from harness.provider.host_links import HostLinks
-from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, decode_base64
-from harness.tls import Peer
-from harness.values import Nonce, parse_host_id
-from harness.web import Route, peer_of, read_object
+from harness.config import ProviderVerifierSettings
+from harness.errors import ProtocolError, StoreError
+from harness.provider.admission import Admission, Load, Snapshot
+from harness.provider.authorities import TenantAuthorities
+from harness.provider.host_links import HostLinks, over_tls
+from harness.provider.proxy_routes import Proxy
+from harness.provider.registrar_store import load_snapshot
+from harness.provider.tables import SCHEMA, Base
+from harness.store import open_store
+from harness.tls import identities_of
+from harness.web import application, serve
 
-ENROLMENTS_PER_TENANT = 6
+OpenRecords = Callable[[str], AbstractAsyncContextManager[Load]]
+"""Opens the provider's database at a URL; gives what reads a snapshot of it."""
 
 
-class Proxy:
-    """The calls of the provider verifier.
+@asynccontextmanager
+async def open_records(url: str) -> AsyncIterator[Load]:
+    """Opens the provider registrar's database for reading snapshots.
+
+    Raises:
+        StoreError: it cannot be opened, or a newer program has written it.
+
+    *Cancellation:* the database is closed.
+    """
+    store = await open_store(url, Base.metadata, component="provider", version=SCHEMA)
+
+    async def load() -> Snapshot:
+        try:
+            return await load_snapshot(store)
+        except ProtocolError as error:  # a row that nobody of ours wrote: better no rights than guessed ones
+            raise StoreError(f"the provider's database holds a row that is not understood: {error.detail}") from error
+
+    try:
+        yield load
+    finally:
+        await store.close()
+
+
+class ProviderVerifier:
+    """The service.
 
     Args:
-        admission: who may ask what.
-        links: to the hosts.
+        settings: from its file.
+        open_records: the provider's database.
     """
 
-    def __init__(self, admission: Admission, links: HostLinks) -> None:
-        self._admission = admission
-        self._links = links
-        self._enrolling: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
+    def __init__(self, settings: ProviderVerifierSettings, open_records: OpenRecords = open_records) -> None:
+        self._settings = settings
+        self._open_records = open_records
 
-    @property
-    def refusals(self) -> Mapping[str, int]:
-        """How many calls were refused or failed, by the error's name."""
-        return self._refusals
+    async def run(self, sock: socket.socket | None = None) -> None:
+        """Serves until it is cancelled.
 
-    @property
-    def routes(self) -> list[Route]:
-        """Calls of tenants."""
-        registrar = {Role.TENANT_REGISTRAR}
-        return [
-            Route("GET", "/v1/verifier", self._counted(self._verifier), roles={Role.TENANT_VERIFIER}),
-            Route("GET", "/v1/hosts", self._counted(self._hosts), roles=registrar),
-            Route("GET", "/v1/hosts/{host_id}/identity", self._counted(self._identity), roles=registrar),
-            Route("POST", "/v1/hosts/{host_id}/activate", self._counted(self._activate), roles=registrar),
-            Route("POST", "/v1/hosts/{host_id}/certify", self._counted(self._certify), roles=registrar),
-        ]
+        Args:
+            sock: bound and listening; else the settings say where.
 
-    def _counted(
-        self, handler: Callable[[web.Request, Peer], Awaitable[object]]
-    ) -> Callable[[web.Request], Awaitable[object]]:
-        async def call(request: web.Request) -> object:
-            peer = peer_of(request)
-            try:
-                return await handler(request, peer)
-            except HarnessError as error:
-                name = type(error).__name__
-                self._refusals[name] += 1
-                events.emit(
-                    "refused", tenant=peer.authority, error=name, detail=error.detail, count=self._refusals[name]
-                )
-                raise
+        Raises:
+            ConfigError: unusable settings, files or address.
+            StoreError: the provider's database cannot be read at the start.
 
-        return call
+        *Cancellation:* calls in work are answered, then everything is closed.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            load = await stack.enter_async_context(self._open_records(settings.database))
+            clients = await stack.enter_async_context(AsyncExitStack())
+            links = HostLinks(over_tls(settings.tls, clients))
+            followers: list[Callable[[Snapshot], None]] = [lambda snapshot: links.follow(snapshot.hosts)]
 
-    async def _verifier(self, request: web.Request, peer: Peer) -> object:
-        query = parse_verifier_query(list(request.query.items()))
-        asked = query.request
-        if asked.agent_id is not None:
-            admitted = await self._admission.admit_guest(peer.authority, asked.agent_id, asked.selection)
-        elif query.host_id is not None:
-            admitted = await self._admission.admit_host(peer.authority, query.host_id, asked.selection)
-        else:
-            raise MalformedMessage("one of agent_id and host_id is required")
-        pending = PendingQuote(
-            request=asked, tenant=peer.authority, requester=peer.requester, allowlist=admitted.allowlist
-        )
-        return await self._links.link(admitted.host_id).quote(pending)
+            def changed(snapshot: Snapshot) -> None:
+                for follow in followers:
+                    follow(snapshot)
 
-    async def _hosts(self, _request: web.Request, peer: Peer) -> object:
-        return {"hosts": [str(host_id) for host_id in await self._admission.hosts_of(peer.authority)]}
-
-    async def _identity(self, request: web.Request, peer: Peer) -> object:
-        admitted = await self._admit(request, peer)
-        return await self._links.link(admitted.host_id).ask(IdentityOrder())
-
-    async def _activate(self, request: web.Request, peer: Peer) -> object:
-        admitted = await self._admit(request, peer)
-        body = await read_object(request, members={"credential"})
-        blob = decode_base64(_text(body, "credential"), "credential")
-        order = ActivateOrder(credential=parse_keylime_blob(blob), requester=peer.requester)
-        with self._share(peer.authority):
-            return await self._links.link(admitted.host_id).ask(order)
-
-    async def _certify(self, request: web.Request, peer: Peer) -> object:
-        admitted = await self._admit(request, peer)
-        body = await read_object(request, members={"nonce"})
-        order = CertifyOrder(nonce=Nonce.parse(_text(body, "nonce")))
-        with self._share(peer.authority):
-            return await self._links.link(admitted.host_id).ask(order)
-
-    async def _admit(self, request: web.Request, peer: Peer) -> Admitted:
-        return await self._admission.admit_host(peer.authority, parse_host_id(request.match_info["host_id"]))
-
-    @contextmanager
-    def _share(self, tenant: str) -> Iterator[None]:
-        if self._enrolling[tenant] >= ENROLMENTS_PER_TENANT:
-            raise ShareExhausted(f"tenant has {ENROLMENTS_PER_TENANT} enrolments in work")
-        self._enrolling[tenant] += 1
-        try:
-            yield
-        finally:
-            self._enrolling[tenant] -= 1
-
-
-def _text(body: Mapping[str, object], name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str):
-        raise MalformedMessage(f"{name} must be text")
-    return value
+            admission = Admission(load, changed=changed)
+            identities = identities_of(settings.tls)
+            app = application("provider-verifier", Proxy(admission, links).routes, identities)
+            server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
+            await stack.enter_async_context(links)  # left before the server is: its waiters are answered
+            tenants = TenantAuthorities(identities, server.context)
+            followers.append(lambda snapshot: tenants.follow(snapshot.tenants))
+            await admission.refresh(0)
+            events.emit("ready", url=server.url)
+            await admission.run()

@@ -28,7 +28,7 @@ from harness.messages import VerifierQuery, verifier_query
 from harness.peer import PeerClient
 from harness.pki import Authority, Role, load_certificate
 from harness.provider.keys import HostKeys
-from harness.provider.proxy import ENROLMENTS_PER_TENANT
+from harness.provider.proxy_routes import ENROLMENTS_PER_TENANT
 from harness.tenant.appraisal import Accepted
 from harness.tls import certificate_requester
 from harness.values import HostId

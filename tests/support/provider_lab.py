@@ -20,7 +20,7 @@ from harness.provider.admission import Admission, GuestRecord, Snapshot
 from harness.provider.authorities import TenantAuthorities
 from harness.provider.host_links import HostLinks, over_tls
 from harness.provider.keys import HostKeys
-from harness.provider.proxy import Proxy
+from harness.provider.proxy_routes import Proxy
 from harness.provider.stream_routes import Quoting
 from harness.tenant.appraisal import Accepted, HostTrust, Rejected, SentRequest, appraise_host
 from harness.tenant.policy import Policy

@@ -1,0 +1,142 @@
+"""The provider verifier: authenticates tenants, admits or refuses, forwards to the host, answers.
+
+It can state nothing itself: it forwards fields, and hands back what a host agent's TPM signed.
+
+Invariants:
+    1. Whose request it is comes from the client certificate: the tenant from the authority that signed it, the
+       requester from its key. Nothing in the request can change either.
+    2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and an event.
+    3. A tenant's enrolment orders in work are bounded, so that one tenant cannot keep the others from enrolling.
+
+Owner: the service `ProviderVerifier`.
+
+Spec: DESIGN 3.1, 3.3, 3.6; docs/protocol.md (enrolment).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from harness import events
+from harness.credential import parse_keylime_blob
+from harness.errors import HarnessError, MalformedMessage, ShareExhausted
+from harness.messages import parse_verifier_query
+from harness.pki import Role
+from harness.provider.admission import Admission, Admitted
+from harness.provider.batch import PendingQuote
+from harness.provider.host_links import HostLinks
+from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, decode_base64
+from harness.tls import Peer
+from harness.values import Nonce, parse_host_id
+from harness.web import Route, peer_of, read_object
+
+ENROLMENTS_PER_TENANT = 6
+
+
+class Proxy:
+    """The calls of the provider verifier.
+
+    Args:
+        admission: who may ask what.
+        links: to the hosts.
+    """
+
+    def __init__(self, admission: Admission, links: HostLinks) -> None:
+        self._admission = admission
+        self._links = links
+        self._enrolling: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+
+    @property
+    def refusals(self) -> Mapping[str, int]:
+        """How many calls were refused or failed, by the error's name."""
+        return self._refusals
+
+    @property
+    def routes(self) -> list[Route]:
+        """Calls of tenants."""
+        registrar = {Role.TENANT_REGISTRAR}
+        return [
+            Route("GET", "/v1/verifier", self._counted(self._verifier), roles={Role.TENANT_VERIFIER}),
+            Route("GET", "/v1/hosts", self._counted(self._hosts), roles=registrar),
+            Route("GET", "/v1/hosts/{host_id}/identity", self._counted(self._identity), roles=registrar),
+            Route("POST", "/v1/hosts/{host_id}/activate", self._counted(self._activate), roles=registrar),
+            Route("POST", "/v1/hosts/{host_id}/certify", self._counted(self._certify), roles=registrar),
+        ]
+
+    def _counted(
+        self, handler: Callable[[web.Request, Peer], Awaitable[object]]
+    ) -> Callable[[web.Request], Awaitable[object]]:
+        async def call(request: web.Request) -> object:
+            peer = peer_of(request)
+            try:
+                return await handler(request, peer)
+            except HarnessError as error:
+                name = type(error).__name__
+                self._refusals[name] += 1
+                events.emit(
+                    "refused", tenant=peer.authority, error=name, detail=error.detail, count=self._refusals[name]
+                )
+                raise
+
+        return call
+
+    async def _verifier(self, request: web.Request, peer: Peer) -> object:
+        query = parse_verifier_query(list(request.query.items()))
+        asked = query.request
+        if asked.agent_id is not None:
+            admitted = await self._admission.admit_guest(peer.authority, asked.agent_id, asked.selection)
+        elif query.host_id is not None:
+            admitted = await self._admission.admit_host(peer.authority, query.host_id, asked.selection)
+        else:
+            raise MalformedMessage("one of agent_id and host_id is required")
+        pending = PendingQuote(
+            request=asked, tenant=peer.authority, requester=peer.requester, allowlist=admitted.allowlist
+        )
+        return await self._links.link(admitted.host_id).quote(pending)
+
+    async def _hosts(self, _request: web.Request, peer: Peer) -> object:
+        return {"hosts": [str(host_id) for host_id in await self._admission.hosts_of(peer.authority)]}
+
+    async def _identity(self, request: web.Request, peer: Peer) -> object:
+        admitted = await self._admit(request, peer)
+        return await self._links.link(admitted.host_id).ask(IdentityOrder())
+
+    async def _activate(self, request: web.Request, peer: Peer) -> object:
+        admitted = await self._admit(request, peer)
+        body = await read_object(request, members={"credential"})
+        blob = decode_base64(_text(body, "credential"), "credential")
+        order = ActivateOrder(credential=parse_keylime_blob(blob), requester=peer.requester)
+        with self._share(peer.authority):
+            return await self._links.link(admitted.host_id).ask(order)
+
+    async def _certify(self, request: web.Request, peer: Peer) -> object:
+        admitted = await self._admit(request, peer)
+        body = await read_object(request, members={"nonce"})
+        order = CertifyOrder(nonce=Nonce.parse(_text(body, "nonce")))
+        with self._share(peer.authority):
+            return await self._links.link(admitted.host_id).ask(order)
+
+    async def _admit(self, request: web.Request, peer: Peer) -> Admitted:
+        return await self._admission.admit_host(peer.authority, parse_host_id(request.match_info["host_id"]))
+
+    @contextmanager
+    def _share(self, tenant: str) -> Iterator[None]:
+        if self._enrolling[tenant] >= ENROLMENTS_PER_TENANT:
+            raise ShareExhausted(f"tenant has {ENROLMENTS_PER_TENANT} enrolments in work")
+        self._enrolling[tenant] += 1
+        try:
+            yield
+        finally:
+            self._enrolling[tenant] -= 1
+
+
+def _text(body: Mapping[str, object], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str):
+        raise MalformedMessage(f"{name} must be text")
+    return value
