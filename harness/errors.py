@@ -5,7 +5,7 @@
     HarnessError                  root; never raised itself
       ConfigError                 bad settings or topology; exit code 2
       ProtocolError               MalformedMessage, UnsupportedVersion, MessageTooLarge
-      TransportError              PeerUnreachable, DeadlineExceeded, PeerRefusedUs, LocalRefusal  (the first two: retryable)
+      TransportError              PeerUnreachable, DeadlineExceeded, PeerRefusedUs, LocalRefusal  (two retryable)
       Overloaded                  PoolFull, ShareExhausted, ShuttingDown, NotReady     (retryable, retry_after_s)
       Refused                     NotYourGuest (unknown ones too), GuestNotHere, SelectionNotAllowed, AccessDenied
       BatchFailed                 carries batch id and cause                           (retryable)
