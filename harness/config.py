@@ -139,10 +139,11 @@ class TenantVerifierSettings(Settings):
 
 
 class GuestAgentSettings(Settings):
-    """Guest agent: its vTPM, and the registrars (tenant's and provider's) where it registers."""
+    """Guest agent: whose it is, its vTPM, and the registrars (tenant's and provider's) where it registers."""
 
     listen: Listen = Listen()
     tls: TlsSettings
+    tenant: Name
     agent_id: uuid.UUID
     tcti: str
     state_dir: FilePath

@@ -187,6 +187,12 @@ def only_authority(tls: TlsSettings, name: str) -> TlsSettings:
     return tls.model_copy(update={"authorities": {name: tls.authorities[name]}})
 
 
+def without_authority(tls: TlsSettings, name: str) -> TlsSettings:
+    """The same certificate and key, trusting all authorities but this one: for calls to others' services."""
+    others = {other: path for other, path in tls.authorities.items() if other != name}
+    return tls.model_copy(update={"authorities": others})
+
+
 def parse_pem(pem: str) -> x509.Certificate:
     """Certificate from PEM text.
 

@@ -13,31 +13,18 @@ Spec: DESIGN 3.6; Keylime registrar (POST, PUT /v2.x/agents/{agent_id}).
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from harness.attest import Public, parse_public
+from harness.attest import parse_public
 from harness.certificates import verify_vtpm_certificate
-from harness.credential import check_ak, check_ek_rsa2048, keylime_auth_tag, make_credential
-from harness.errors import ChallengeFailed, CloneSuspected, KeyChanged
+from harness.credential import check_ak, check_ek_rsa2048
+from harness.errors import CloneSuspected, KeyChanged
+from harness.registration import OpenChallenges
 from harness.tenant.registrar_store import GuestKeys, GuestRecord, RegistrarStore
 from harness.values import AgentId
-
-SECRET_SIZE = 32
-CHALLENGE_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pending:
-    """A registration whose challenge is open; the record is not touched yet."""
-
-    keys: GuestKeys
-    auth_tag: str = field(repr=False)
-    until: float
 
 
 class GuestEnroller:
@@ -59,10 +46,8 @@ class GuestEnroller:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
-        self._random = random
-        self._monotonic = monotonic
         self._now = now
-        self._pending: dict[AgentId, _Pending] = {}
+        self._challenges: OpenChallenges[GuestKeys] = OpenChallenges(random=random, monotonic=monotonic)
 
     async def register(self, agent_id: AgentId, keys: GuestKeys) -> bytes:
         """Challenge for a guest that wants to register (Keylime's blob), after these checks.
@@ -93,7 +78,7 @@ class GuestEnroller:
         if record.keys is not None and not record.keys.same_identity(keys):  # 4
             raise KeyChanged(f"guest {agent_id} is active with another EK or AK; remove it to enrol it anew")
         await self._store.check_names_free(agent_id, ek, ak)  # 5
-        return self._challenge(agent_id, keys, ek, ak)
+        return self._challenges.open(agent_id, keys, ek, ak)
 
     async def activate(self, agent_id: AgentId, auth_tag: str) -> GuestRecord:
         """Pins the guest whose challenge was answered.
@@ -104,22 +89,8 @@ class GuestEnroller:
 
         *Cancellation:* the challenge is used up; the guest is pinned or not.
         """
-        pending = self._pending.pop(agent_id, None)
-        expected = pending.auth_tag if pending is not None else "-"
-        right = hmac.compare_digest(expected.encode(), auth_tag.encode())
-        if pending is None or not right or self._monotonic() > pending.until:
-            raise ChallengeFailed
-        return await self._store.activate_guest(agent_id, pending.keys)
+        return await self._store.activate_guest(agent_id, self._challenges.answered(agent_id, auth_tag))
 
     def forget(self, agent_id: AgentId) -> None:
         """Burns the open challenge of a guest that was removed."""
-        self._pending.pop(agent_id, None)
-
-    def _challenge(self, agent_id: AgentId, keys: GuestKeys, ek: Public, ak: Public) -> bytes:
-        secret = self._random(SECRET_SIZE)
-        self._pending[agent_id] = _Pending(
-            keys=keys,
-            auth_tag=keylime_auth_tag(secret, str(agent_id)),
-            until=self._monotonic() + CHALLENGE_S,
-        )
-        return make_credential(ek, ak.name, secret).keylime_blob()
+        self._challenges.forget(agent_id)
