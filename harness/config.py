@@ -190,11 +190,11 @@ class HostileProviderSettings(Settings):
 
 
 class HostSite(Settings):
-    """A host as the lab's operator reaches it; ``host_id`` once its agent has told it."""
+    """A host of a lab: where its agent, its guest manager and its hardware TPM are reached."""
 
-    host_id: uuid.UUID | None = None
     agent: Url
     guest_manager: FilePath
+    guests: FilePath
     hardware_control: FilePath
     tpm_socket: FilePath
 
@@ -208,17 +208,23 @@ class ProviderSite(Settings):
 
 
 class TenantSite(Settings):
-    """A tenant's services, its operator's certificate, and where its rounds go."""
+    """A tenant's services, its operator's certificate, where its rounds go, and its reference values."""
 
     registrar: Url
     verifier: Url
     provider_verifier: Url
     operator: TlsSettings
+    guest_policy: FilePath
+    host_policy: FilePath
 
 
 class SiteSettings(Settings):
-    """A running lab as the command line reaches it: ``site.yml`` in the lab's folder."""
+    """A running lab as the command line reaches it: ``site.yml`` in the lab's folder.
 
+    ``pki`` holds the authorities of all parties: a lab plays every part.
+    """
+
+    pki: FilePath
     provider: ProviderSite
     hosts: dict[Name, HostSite]
     tenants: dict[Name, TenantSite]

@@ -1,0 +1,67 @@
+"""What the provider's operator does: onboard tenants, set what they may see, and own the guests of the hosts.
+
+Owner: the command line or the lab.
+
+Spec: DESIGN 3.1 (allowlists, ownership); docs/protocol.md (provider registrar).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from harness.errors import MalformedMessage
+from harness.peer import PeerClient
+from harness.values import AgentId, HostId, PcrSelection, pcrs_in
+
+
+class ProviderOperator:
+    """The operator.
+
+    Args:
+        registrar: the provider registrar.
+    """
+
+    def __init__(self, registrar: PeerClient) -> None:
+        self._registrar = registrar
+
+    async def add_tenant(self, name: str, ca_pem: str) -> None:
+        """Onboards a tenant with the authority whose certificates are its own. Raises Conflict for another CA."""
+        await self._registrar.post("/v1/tenants", {"name": name, "ca": ca_pem})
+
+    async def remove_tenant(self, name: str) -> None:
+        """Removes a tenant and its allowlists. Raises NotFound, or Conflict while it has guests."""
+        await self._registrar.delete(f"/v1/tenants/{name}")
+
+    async def tenants(self) -> list[Mapping[str, Any]]:
+        """All tenants with their allowlists."""
+        return _list(await self._registrar.get("/v1/tenants"), "tenants")
+
+    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection) -> None:
+        """Sets the PCRs that a tenant may see on a host. Raises NotFound for an unknown tenant."""
+        banks = {bank.text: list(pcrs_in(mask)) for bank, mask in allowlist.banks}
+        await self._registrar.put(f"/v1/tenants/{tenant}/allowlists/{host_id}", banks)
+
+    async def hosts(self) -> list[Mapping[str, Any]]:
+        """Hosts whose agents have announced themselves."""
+        return _list(await self._registrar.get("/v1/hosts"), "hosts")
+
+    async def define_guest(self, agent_id: AgentId, tenant: str, host_id: HostId, name: str) -> None:
+        """Records whose a guest is and where it runs. Raises NotFound or Conflict."""
+        body = {"agent_id": str(agent_id), "tenant": tenant, "host_id": str(host_id), "name": name}
+        await self._registrar.post("/v1/guests", body)
+
+    async def guests(self) -> list[Mapping[str, Any]]:
+        """All guests, with what their hosts report."""
+        return _list(await self._registrar.get("/v1/guests"), "guests")
+
+    async def remove_guest(self, agent_id: AgentId) -> None:
+        """Forgets a guest. Raises NotFound."""
+        await self._registrar.delete(f"/v1/guests/{agent_id}")
+
+
+def _list(value: object, name: str) -> list[Mapping[str, Any]]:
+    entries = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(entries, list):
+        raise MalformedMessage(f"the answer has no list of {name}")
+    return cast("list[Mapping[str, Any]]", entries)

@@ -1,0 +1,261 @@
+"""What a tenant's operator does: enrol hosts, state guests, put them under attestation.
+
+::
+
+    await operator.add_host(url)
+    await operator.state_guest(agent_id, host_id)
+    contact = await operator.registered(agent_id, deadline_s=60)
+    await operator.admit(contact, order)
+
+Invariants:
+    1. U goes only to a transport key that the guest's pinned AK vouches for.
+    2. The payload's key is known here and in the guest only; the verifier gets V, the guest gets U.
+
+Owner: the command line or the lab.
+
+Spec: DESIGN 3.6, 3.8; Keylime's tenant (identity quote, ukey).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import secrets
+import string
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from harness import errors
+from harness.attest import Public, parse_public
+from harness.config import TlsSettings
+from harness.errors import DeadlineExceeded, HarnessError, MalformedMessage, NotFound
+from harness.keylime_wire import parse_quote
+from harness.peer import PeerClient
+from harness.tenant.agent_request import GUEST_BANK
+from harness.tenant.appraisal import verify_transport_key
+from harness.tenant.client import AGENT_API, parse_pem
+from harness.tenant.payload import parse_transport_key, seal_payload, wrap_share
+from harness.tenant.policy import Policy
+from harness.values import AgentId, HashAlg, HostId
+
+_POLL_S = 0.05
+_LONGEST_POLL_S = 1.0
+_NONCE_SIZE = 20
+_ALPHANUMERIC = string.ascii_letters + string.digits
+_REFUSALS: dict[str, type[HarnessError]] = {
+    "CertificateRefused": errors.CertificateRefused,
+    "UnacceptableKey": errors.UnacceptableKey,
+    "KeyChanged": errors.KeyChanged,
+    "CloneSuspected": errors.CloneSuspected,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestContact:
+    """A guest that has registered: its pinned AK and where its agent is reached."""
+
+    agent_id: AgentId
+    ak: Public
+    ip: str
+    port: int
+    mtls_cert: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """How a guest shall be attested.
+
+    Args:
+        guest_policy: reference values of the guest.
+        host_policy: reference values of the host, in one bank.
+        provider_verifier: where host quotes are asked for; None: none are needed.
+        payload: what the guest gets when both layers were accepted; None: nothing.
+        allow_reboots: whether a reset is reported instead of refused.
+        quote_interval_s: seconds between two rounds.
+        provider_quote_interval: rounds between two host quotes.
+    """
+
+    guest_policy: Policy
+    host_policy: Policy
+    provider_verifier: str | None
+    payload: bytes | None = field(default=None, repr=False)
+    allow_reboots: bool = False
+    quote_interval_s: float = 2.0
+    provider_quote_interval: int = 1
+
+
+class TenantOperator:
+    """One tenant's operator.
+
+    Args:
+        registrar: the tenant's registrar.
+        verifier: the tenant's verifier.
+        tls: the operator's certificate; guests are reached with it.
+    """
+
+    def __init__(self, registrar: PeerClient, verifier: PeerClient, tls: TlsSettings) -> None:
+        self._registrar = registrar
+        self._verifier = verifier
+        self._tls = tls
+
+    # --- hosts --------------------------------------------------------------------------------------------
+
+    async def add_host(self, url: str) -> list[Mapping[str, Any]]:
+        """Enrols the hosts behind a provider verifier, or the one that the URL names.
+
+        Raises:
+            HarnessError: an enrolment check failed, or somebody did not answer.
+
+        *Cancellation:* hosts that were pinned stay pinned.
+        """
+        return _list(await self._registrar.post("/v1/hosts", {"url": url}), "hosts")
+
+    async def hosts(self) -> list[Mapping[str, Any]]:
+        """Enrolled hosts."""
+        return _list(await self._registrar.get("/v1/hosts"), "hosts")
+
+    async def host(self, host_id: HostId) -> Mapping[str, Any]:
+        """One enrolled host. Raises NotFound when it is not."""
+        return _object(await self._registrar.get(f"/v1/hosts/{host_id}"))
+
+    async def remove_host(self, host_id: HostId) -> None:
+        """Forgets a host. Raises NotFound, or Conflict while guests are enrolled under it."""
+        await self._registrar.delete(f"/v1/hosts/{host_id}")
+
+    async def alarms(self) -> list[Mapping[str, Any]]:
+        """The newest alarms, oldest first."""
+        return _list(await self._registrar.get("/v1/alarms"), "alarms")
+
+    # --- guests -------------------------------------------------------------------------------------------
+
+    async def state_guest(self, agent_id: AgentId, host_id: HostId) -> None:
+        """Says on which host a guest belongs; it may register from then on.
+
+        Raises:
+            NotFound: the host is not enrolled.
+            Conflict: the guest is stated on another host.
+        """
+        await self._registrar.post("/v1/guests", {"agent_id": str(agent_id), "host_id": str(host_id)})
+
+    async def registered(self, agent_id: AgentId, *, deadline_s: float) -> GuestContact:
+        """Waits until a stated guest has registered.
+
+        Raises:
+            EnrolmentError: the registrar refused it; the registrar's own error.
+            DeadlineExceeded: it has not registered in time.
+
+        *Cancellation:* nothing has changed.
+        """
+        until, wait_s = time.monotonic() + deadline_s, _POLL_S
+        while True:
+            guest = _object(await self._registrar.get(f"/v1/guests/{agent_id}"))
+            if guest.get("state") == "active":
+                return await self._contact(agent_id)
+            refused = guest.get("refused")
+            if isinstance(refused, dict) and refused.get("error") in _REFUSALS:
+                raise _REFUSALS[refused["error"]](str(refused.get("detail")))
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"guest {agent_id} has not registered within {deadline_s:g} s; is it running?")
+            await asyncio.sleep(wait_s)
+            wait_s = min(1.5 * wait_s, _LONGEST_POLL_S)
+
+    async def admit(self, contact: GuestContact, order: Order) -> None:
+        """Hands U to the guest and puts it under attestation.
+
+        Raises:
+            AppraisalError: the guest's AK does not vouch for its transport key.
+            MalformedMessage: the order cannot be used.
+            HarnessError: the guest or the verifier refused or did not answer.
+
+        *Cancellation:* the guest may hold U; without V that is worth nothing.
+        """
+        v = None if order.payload is None else await self._hand_over(contact, order.payload)
+        await self._verifier.post(f"/{AGENT_API}/agents/{contact.agent_id}", _request(contact, order, v))
+
+    async def guests(self) -> list[Mapping[str, Any]]:
+        """All stated guests, with their attestation where there is one."""
+        stated = _list(await self._registrar.get("/v1/guests"), "guests")
+        return [await self._with_attestation(guest) for guest in stated]
+
+    async def guest(self, agent_id: AgentId) -> Mapping[str, Any]:
+        """One stated guest, with its attestation. Raises NotFound when it is not stated."""
+        return await self._with_attestation(_object(await self._registrar.get(f"/v1/guests/{agent_id}")))
+
+    async def attestation(self, agent_id: AgentId) -> Mapping[str, Any]:
+        """How a guest under attestation stands. Raises NotFound when it is not."""
+        return _object(await self._verifier.get(f"/{AGENT_API}/agents/{agent_id}"))
+
+    async def remove_guest(self, agent_id: AgentId) -> None:
+        """Ends a guest's attestation and forgets its keys. Raises NotFound when it is not stated."""
+        with contextlib.suppress(NotFound):  # it was stated and never admitted
+            await self._verifier.delete(f"/{AGENT_API}/agents/{agent_id}")
+        await self._registrar.delete(f"/v1/guests/{agent_id}")
+
+    async def _with_attestation(self, guest: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return {**guest, "attestation": await self.attestation(AgentId(guest["agent_id"]))}
+        except NotFound:
+            return {**guest, "attestation": None}
+
+    async def _contact(self, agent_id: AgentId) -> GuestContact:
+        match _object(await self._registrar.get(f"/{AGENT_API}/agents/{agent_id}")):
+            case {"aik_tpm": str(ak), "ip": str(ip), "port": int(port), "mtls_cert": str(certificate)}:
+                public = parse_public(base64.b64decode(ak))
+                return GuestContact(agent_id=agent_id, ak=public, ip=ip, port=port, mtls_cert=certificate)
+        raise MalformedMessage(f"guest {agent_id} registered without address or certificate")
+
+    async def _hand_over(self, contact: GuestContact, payload: bytes) -> bytes:
+        sealed = seal_payload(payload, contact.agent_id)
+        url = f"https://{contact.ip}:{contact.port}"
+        async with PeerClient(self._tls, url, pinned=parse_pem(contact.mtls_cert)) as guest:
+            nonce = "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_NONCE_SIZE))
+            answer = _object(await guest.get(f"/{AGENT_API}/quotes/identity", [("nonce", nonce)]))
+            pem = str(answer.get("pubkey")).encode()
+            verify_transport_key(parse_quote(str(answer.get("quote"))), nonce.encode(), contact.ak, pem)
+            body = {
+                "encrypted_key": _base64(wrap_share(sealed.u, parse_transport_key(pem))),
+                "auth_tag": sealed.auth_tag,
+                "payload": _base64(sealed.ciphertext),
+            }
+            await guest.post(f"/{AGENT_API}/keys/ukey", body)
+        return sealed.v
+
+
+def _request(contact: GuestContact, order: Order, v: bytes | None) -> dict[str, object]:
+    host = order.host_policy.selection.banks
+    bank, host_mask = host[0] if host else (HashAlg.SHA256, 1)
+    request: dict[str, object] = {
+        "cloudagent_ip": contact.ip,
+        "cloudagent_port": contact.port,
+        "need_provider_quote": order.provider_verifier is not None,
+        "provider_verifier": order.provider_verifier,
+        "provider_quote_interval": order.provider_quote_interval,
+        "guest_mask": f"{order.guest_policy.selection.mask(GUEST_BANK):#x}",
+        "guest_policy": order.guest_policy.encode(),
+        "host_mask": f"{host_mask:#x}",
+        "hash_alg": bank.text,
+        "host_policy": order.host_policy.encode(),
+        "allow_reboots": order.allow_reboots,
+        "quote_interval_s": order.quote_interval_s,
+    }
+    return request if v is None else {**request, "v": _base64(v)}
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise MalformedMessage("the answer is not an object")
+    return value
+
+
+def _list(value: object, name: str) -> list[Mapping[str, Any]]:
+    entries = _object(value).get(name)
+    if not isinstance(entries, list):
+        raise MalformedMessage(f"the answer has no list of {name}")
+    return cast("list[Mapping[str, Any]]", entries)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
