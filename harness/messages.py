@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 _MAX_INTEGER = 1 << 63
+_LONGEST_INTEGER = 20
+"""Digits of 2^64 - 1, the largest integer of any message."""
 _MAX_STRUCTURE = 4096
 _MAX_HASHES = 64
 _MAX_VALUE = 64
@@ -71,12 +73,14 @@ def parse_json(data: bytes, *, limit: int) -> object:
     if len(data) > limit:
         raise MessageTooLarge(f"message of {len(data)} bytes, at most {limit} are allowed")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole, parse_constant=_no_constant
+        )
     except UnicodeDecodeError:
         raise MalformedMessage("message is not UTF-8") from None
     except RecursionError:
         raise MalformedMessage("message is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and integers beyond Python's limit of digits
+    except ValueError as error:
         raise MalformedMessage(f"message is not JSON: {error}") from None
 
 
@@ -85,6 +89,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(members) != len(pairs):
         raise MalformedMessage("message repeats a member")
     return members
+
+
+def _whole(text: str) -> int | float:
+    # A longer one is out of every range here. As a float it is never taken for an integer, and no work goes into it.
+    return int(text) if len(text) <= _LONGEST_INTEGER else float(text)
 
 
 def _no_constant(name: str) -> object:

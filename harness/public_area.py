@@ -4,7 +4,8 @@ Keys of any RSA or ECC kind parse, so that `credential` can say what is unaccept
 
 Invariants:
     1. The Name is the digest of the public area as received.
-    2. A modulus has exactly keyBits; a point of a curve that we know lies on it.
+    2. Whether modulus and point make a key is not a question of parsing: `Public.key` answers it, and the checklists of
+       `credential` ask.
 
 Spec: TPM 2.0 Part 2: TPMT_PUBLIC 12.2.4, TPMS_RSA_PARMS 12.2.3.5, TPMS_ECC_PARMS 12.2.3.6, TPMA_OBJECT 8.3; Part 1, 16.
 """
@@ -110,7 +111,7 @@ class Public:
     """Public area of a key. Made by `parse_public`.
 
     ``scheme_hash`` is None where the scheme has none or one that the protocol does not allow. ``point`` is (x, y) for
-    an ECC key, ``modulus`` the modulus of an RSA key (else 0); ``size_bits`` is the modulus's length or 0.
+    an ECC key, ``modulus`` the modulus of an RSA key (else 0); ``size_bits`` is keyBits or 0.
     """
 
     type: KeyType
@@ -141,10 +142,13 @@ class Public:
         """The key for ``cryptography``.
 
         Raises:
-            MalformedMessage: a curve, modulus or exponent that no key of ours can have.
+            MalformedMessage: a curve, modulus or exponent that no key of ours can have, a modulus of another length
+                than stated, or a point off its curve.
         """
         try:
             if self.type is KeyType.RSA:
+                if not self.size_bits == self.modulus.bit_length() == 8 * len(self.unique[0]):
+                    raise MalformedMessage(f"the modulus does not have the stated {self.size_bits} bits")
                 return rsa.RSAPublicNumbers(self.exponent, self.modulus).public_key()
             if self.curve not in _CURVES:
                 raise MalformedMessage(f"curve {self.curve:#06x} is not supported")
@@ -168,7 +172,7 @@ def parse_public(data: bytes) -> Public:
         data: two bytes of length, then the TPMT_PUBLIC.
 
     Raises:
-        MalformedMessage: not a complete public area of an RSA or ECC key, or a point off its curve.
+        MalformedMessage: not a complete public area of an RSA or ECC key.
     """
     outer = Reader(data, "TPM2B_PUBLIC")
     area = outer.tpm2b("publicArea", at_most=1024)
@@ -188,7 +192,7 @@ def parse_public(data: bytes) -> Public:
     scheme, scheme_hash = _scheme(reader, key_type)
     kind = _rsa_fields(reader) if key_type is KeyType.RSA else _ecc_fields(reader)
     reader.end()
-    public = Public(
+    return Public(
         type=key_type,
         name_alg=name_alg,
         attributes=attributes,
@@ -199,9 +203,6 @@ def parse_public(data: bytes) -> Public:
         area=area,
         **kind,  # type: ignore[arg-type]
     )
-    if public.curve in _CURVES:
-        public.key()  # refuses a point that is not on the curve
-    return public
 
 
 def _symmetric(reader: Reader) -> Symmetric | None:
@@ -232,8 +233,6 @@ def _rsa_fields(reader: Reader) -> dict[str, object]:
     exponent = reader.integer(4, "exponent") or DEFAULT_EXPONENT
     modulus = reader.tpm2b("modulus", at_most=_MAX_RSA_BYTES)
     number = int.from_bytes(modulus, "big")
-    if not bits or bits % 8 or len(modulus) * 8 != bits or number.bit_length() != bits:
-        raise MalformedMessage(f"modulus of {len(modulus)} bytes does not have the stated {bits} bits")
     return {"size_bits": bits, "exponent": exponent, "modulus": number, "unique": (modulus,)}
 
 

@@ -6,7 +6,8 @@ Checks (DESIGN 3.5):
     3. Leaf rebuilt from our own request; index, size and length of the inclusion path.
     4. The attest parses completely as a quote made inside a TPM; its selection has the allowed form.
     5. extraData is the qualifying data of the root that the path gives, and of that tree size.
-    6. The pinned AK is acceptable, the signature is its own over the received bytes, qualifiedSigner is the pinned one.
+    6. The pinned AK is acceptable, the signature is its own over the received bytes, qualifiedSigner is the pinned one,
+       and for a host that of a primary of the owner hierarchy (DESIGN 3.6).
     7. The signed selection covers every requested PCR.
     8. The values are exactly the signed selection, and hash to the signed digest.
     9. The policy names at least one PCR, only ones we requested, and each has an allowed value.
@@ -27,7 +28,6 @@ Spec: DESIGN 3.5; RFC 9334 (appraisal).
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass, field
 
 from harness import protocol
 from harness.attest import (
@@ -36,6 +36,7 @@ from harness.attest import (
     Attest,
     Public,
     QuoteInfo,
+    owner_qualified_name,
     parse_attest,
     parse_signature,
     verify_signature,
@@ -62,119 +63,37 @@ from harness.keylime_wire import GuestEvidence
 from harness.merkle import leaf_hash, root_from_proof
 from harness.messages import ProviderEvidence, parse_provider_evidence
 from harness.tenant.policy import Policy
-from harness.values import SIZE_OF_SELECT, ClockBaseline, HashAlg, HostId, PcrSelection, PcrValues, pcrs_in
+from harness.tenant.verdict import (
+    Accepted,
+    AppraisedEvidence,
+    GuestTrust,
+    HostTrust,
+    Rejected,
+    SentRequest,
+    Verdict,
+    advance,
+)
+from harness.values import SIZE_OF_SELECT, ClockBaseline, HashAlg, PcrSelection, PcrValues, pcrs_in
+
+__all__ = [
+    "TRANSPORT_KEY_PCR",
+    "Accepted",
+    "AppraisedEvidence",
+    "GuestTrust",
+    "HostTrust",
+    "Rejected",
+    "SentRequest",
+    "Verdict",
+    "advance",
+    "appraise_guest",
+    "appraise_host",
+    "verify_transport_key",
+]
 
 TRANSPORT_KEY_PCR = 16
 """Keylime extends the digest of its transport key here (facts of Keylime's agent protocol)."""
 _BANK_LIMIT = 3
 _HASHES = {alg.value: alg for alg in HashAlg}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SentRequest:
-    """What we asked, and what the provider's side puts into our leaf besides: both as *we* know them.
-
-    Args:
-        request: as sent.
-        requester: SHA-256 of our own certificate's SubjectPublicKeyInfo.
-        vtpm_ek: SHA-256 of the SubjectPublicKeyInfo of the EK that we pinned for the guest; None for host-only.
-    """
-
-    request: protocol.QuoteRequest
-    requester: bytes
-    vtpm_ek: bytes | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostTrust:
-    """What is pinned and expected of a host. Without a policy nothing is accepted.
-
-    Args:
-        host_id: the host that the guest is enrolled under.
-        ak: its pinned AK.
-        ak_qualified_name: its pinned qualified name.
-        policy: reference values.
-        baseline: what was stored for this AK when our nonce was created; None: nothing yet.
-    """
-
-    host_id: HostId
-    ak: Public
-    ak_qualified_name: bytes
-    policy: Policy | None
-    baseline: ClockBaseline | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestTrust:
-    """What is pinned and expected of a guest.
-
-    Args:
-        ak: its pinned AK.
-        policy: reference values.
-        baseline: as for a host.
-        transport_key_pem: PEM text of the transport key that the evidence must vouch for through PCR 16; None where
-            none is used.
-    """
-
-    ak: Public
-    policy: Policy | None
-    baseline: ClockBaseline | None
-    transport_key_pem: bytes | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppraisedEvidence:
-    """Evidence that passed every check.
-
-    Args:
-        baseline: clock and counters to store (`advance`).
-        values: all values that were signed.
-        unjudged: requested PCRs that the policy does not name.
-    """
-
-    baseline: ClockBaseline
-    values: PcrValues = field(repr=False)
-    unjudged: PcrSelection
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """Verdict: believed."""
-
-    evidence: AppraisedEvidence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rejected:
-    """Verdict: not believed.
-
-    Args:
-        check: number of the failed check.
-        error: name of the error class.
-        detail: one sentence.
-        new_baseline: for HostRebooted, the counters that the believable but rejected evidence shows; else None.
-    """
-
-    check: int
-    error: str
-    detail: str
-    new_baseline: ClockBaseline | None = None
-
-
-Verdict = Accepted | Rejected
-
-
-def advance(stored: ClockBaseline | None, seen: ClockBaseline) -> ClockBaseline:
-    """Baseline to store after acceptance: the clock is raised, never lowered; other counters are left alone.
-
-    Args:
-        stored: what is stored now, perhaps newer than what the evidence was held against.
-        seen: of the accepted evidence.
-    """
-    if stored is None:
-        return seen
-    same_run = (stored.reset_count, stored.restart_count) == (seen.reset_count, seen.restart_count)
-    return seen if same_run and seen.clock > stored.clock else stored
 
 
 def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest_binding: bytes | None) -> Verdict:
@@ -184,8 +103,9 @@ def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest
         results: as received.
         sent: our own request.
         trust: what is pinned and expected.
-        guest_binding: binding of the guest evidence that was appraised in this round; None only where there is no such
-            evidence at hand (host-only, or saved evidence without it): the caller then owes check 11.
+        guest_binding: binding of the guest evidence that was appraised in this round; None exactly for a host-only
+            request. Whoever has no guest evidence to hold a bound request against gives the request's own binding, and
+            then owes check 11.
 
     Returns:
         The verdict. Everything but an AppraisalError propagates: it is a fault, not a finding.
@@ -198,13 +118,13 @@ def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest
         attest, quote = _quote(evidence.attest)  # 4
         expected = protocol.qualifying_data(evidence.proof.tree_size, root)
         _check_extra_data(attest, expected)  # 5
-        _check_signature(attest, evidence.signature, trust.ak, trust.ak_qualified_name)  # 6
+        _check_signature(attest, evidence.signature, trust.ak)  # 6
+        _check_signer(attest, trust)  # 6
         _check_coverage(quote, sent.request.selection)  # 7
         _check_values(quote, evidence.pcrs, trust.ak)  # 8
         _check_policy(trust.policy, sent.request.selection, evidence.pcrs)  # 9
         seen = _check_clock(attest, trust.baseline)  # 10
-        if guest_binding is not None and not _equal(sent.request.binding or b"", guest_binding):  # 11
-            raise BindingMismatch("the host quote is bound to other guest evidence than that of this round")
+        _check_binding(sent.request.binding, guest_binding)  # 11
     except HostRebooted as error:
         return _rejected(error, _baseline_of(attest))
     except AppraisalError as error:
@@ -227,7 +147,8 @@ def appraise_guest(evidence: GuestEvidence, nonce: bytes, trust: GuestTrust, req
     try:
         attest, quote = _quote(evidence.attest)  # 4
         _check_extra_data(attest, nonce)  # 5
-        _check_signature(attest, evidence.signature, trust.ak, None)  # 6
+        # A guest's AK is pinned by its Name alone: stock agents keep theirs under other parents than the owner.
+        _check_signature(attest, evidence.signature, trust.ak)  # 6
         _check_coverage(quote, requested)  # 7
         _check_values(quote, evidence.pcrs, trust.ak)  # 8
         if trust.transport_key_pem is not None:
@@ -251,7 +172,7 @@ def verify_transport_key(evidence: GuestEvidence, nonce: bytes, ak: Public, tran
     """
     attest, quote = _quote(evidence.attest)
     _check_extra_data(attest, nonce)
-    _check_signature(attest, evidence.signature, ak, None)
+    _check_signature(attest, evidence.signature, ak)
     _check_values(quote, evidence.pcrs, ak)
     _check_transport_key(evidence.pcrs, PcrSelection.of(HashAlg.SHA256, 1), transport_key_pem)
 
@@ -288,7 +209,7 @@ def _check_extra_data(attest: Attest, expected: bytes) -> None:
         raise QualifyingDataMismatch("the quote was not made for this request: extraData differs")
 
 
-def _check_signature(attest: Attest, signature: bytes, ak: Public, qualified_name: bytes | None) -> None:
+def _check_signature(attest: Attest, signature: bytes, ak: Public) -> None:
     try:
         check_ak(ak)
     except UnacceptableKey as error:
@@ -298,9 +219,14 @@ def _check_signature(attest: Attest, signature: bytes, ak: Public, qualified_nam
     except MalformedMessage as error:
         raise QuoteSignatureInvalid(error.detail) from error
     verify_signature(ak, parsed, attest.raw)
-    # A guest's AK is pinned by its Name alone: stock agents keep theirs under other parents.
-    if qualified_name is not None and not _equal(attest.qualified_signer, qualified_name):
+
+
+def _check_signer(attest: Attest, trust: HostTrust) -> None:
+    if not _equal(attest.qualified_signer, trust.ak_qualified_name):
         raise UntrustedKey("qualifiedSigner is not the pinned one")
+    # TPM2_Clear must destroy the AK: else a clear could hide a reboot from its counters.
+    if not _equal(trust.ak_qualified_name, owner_qualified_name(trust.ak)):
+        raise UntrustedKey("the AK is not a primary of the owner hierarchy")
 
 
 def _signed(quote: QuoteInfo) -> list[tuple[HashAlg, int]]:
@@ -362,6 +288,11 @@ def _check_clock(attest: Attest, baseline: ClockBaseline | None) -> ClockBaselin
     if baseline is not None and seen.clock <= baseline.clock:
         raise ClockWentBack("equal counters and a clock that is not greater: state was replayed or rolled back")
     return seen
+
+
+def _check_binding(requested: bytes | None, appraised: bytes | None) -> None:
+    if (requested is None) != (appraised is None) or not _equal(requested or b"", appraised or b""):
+        raise BindingMismatch("the host quote is bound to other guest evidence than that of this round")
 
 
 def _baseline_of(attest: Attest) -> ClockBaseline:

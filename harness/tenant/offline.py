@@ -1,8 +1,11 @@
 """Appraisal of saved evidence, without any service: for audit, debugging and other implementations.
 
 Invariants:
-    1. An unusable request or trust file is no verdict: exit code 2. An unusable answer is one: check 1.
-    2. Deadline and use of the nonce need a session and are not checked here.
+    1. An unusable request or trust file is no verdict: exit code 2. An unusable answer, a missing one included, is
+       one: check 1.
+    2. Unknown members are ignored, repeated ones refused, in all three files.
+    3. Deadline and use of the nonce need a session and are not checked here; check 11 is made where the guest's
+       evidence is given.
 
 Spec: DESIGN 3.9.
 """
@@ -11,12 +14,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.attest import owner_qualified_name, parse_public
-from harness.errors import ConfigError, HarnessError, MalformedMessage, MessageTooLarge, ProtocolError
+from harness.errors import ConfigError, MalformedMessage, MessageTooLarge, ProtocolError
 from harness.messages import parse_json
 from harness.protocol import QuoteRequest, guest_binding
 from harness.tenant.appraisal import HostTrust, Rejected, SentRequest, Verdict, appraise_host
@@ -31,16 +35,19 @@ from harness.values import (
     parse_mask,
 )
 
+T = TypeVar("T")
+
 FILE_LIMIT = 4 * 1024 * 1024
 _MAX_STRUCTURE = 4096
-_MAX_COUNTER = 1 << 63
+_MAX_TPM2B = 0xFFFF
+_MAX_NAME = 68
 _EXIT_ACCEPTED, _EXIT_REJECTED = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     sent: SentRequest
-    binding_of_guest: bytes | None
+    guest_binding: bytes | None
 
 
 def appraise_files(request: Path, response: Path, trust: Path) -> tuple[dict[str, object], int]:
@@ -69,20 +76,18 @@ def appraise_files(request: Path, response: Path, trust: Path) -> tuple[dict[str
 def _verdict(response: Path, asked: _Request, expected: HostTrust) -> Verdict:
     try:
         results = parse_json(_read(response), limit=FILE_LIMIT)
-    except ProtocolError as error:
+    except (ConfigError, ProtocolError) as error:
         return Rejected(check=1, error="MalformedEvidence", detail=error.detail)
-    return appraise_host(results, asked.sent, expected, guest_binding=asked.binding_of_guest)
+    return appraise_host(results, asked.sent, expected, guest_binding=asked.guest_binding)
 
 
-def _usable(path: Path, parse: Any) -> Any:
+def _usable(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         members = parse_json(_read(path), limit=FILE_LIMIT)
         if not isinstance(members, dict):
             raise MalformedMessage("must be a JSON object")
         return parse(members)
-    except ConfigError:
-        raise
-    except HarnessError as error:
+    except ProtocolError as error:
         raise ConfigError(f"{path}: {error.detail}") from error
 
 
@@ -118,7 +123,8 @@ def _parse_request(members: dict[str, Any]) -> _Request:
         requester=requester,
         vtpm_ek=None if vtpm_ek is None else parse_hex(vtpm_ek, "vtpm_ek", size=32),
     )
-    return _Request(sent, _guest(members["guest"], request) if "guest" in members else None)
+    # Without the guest's evidence check 11 is not ours to make: the request is held against its own binding.
+    return _Request(sent, _guest(members["guest"], request) if "guest" in members else request.binding)
 
 
 def _guest(guest: object, request: QuoteRequest) -> bytes:
@@ -126,26 +132,29 @@ def _guest(guest: object, request: QuoteRequest) -> bytes:
         raise MalformedMessage("guest must be an object")
     if request.binding is None:
         raise MalformedMessage("guest is given without a binding")
-    ak_name = parse_hex(_text(guest, "ak_name"), "guest.ak_name", at_least=1, at_most=68)
-    return guest_binding(ak_name, _base64(guest, "attest"))
+    # Hashed, not parsed: whatever fits into a TPM2B is comparable, and a wrong one is check 11.
+    ak_name = parse_hex(_text(guest, "ak_name"), "guest.ak_name", at_most=_MAX_TPM2B)
+    return guest_binding(ak_name, _base64(guest, "attest", at_most=_MAX_TPM2B))
 
 
 def _parse_trust(members: dict[str, Any]) -> HostTrust:
     ak = parse_public(_base64(members, "ak"))
     pinned_name = members.get("ak_qualified_name")
     policy = members.get("policy")
+    if "last_clock" not in members:  # null is a statement, silence would be a check switched off
+        raise MalformedMessage("last_clock is missing")
     return HostTrust(
         host_id=parse_host_id(_text(members, "host_id")),
         ak=ak,
         # Not given: only an owner primary may serve as a host's AK (DESIGN 3.6), so its qualified name follows.
         ak_qualified_name=owner_qualified_name(ak) if pinned_name is None else _name(members),
         policy=None if policy is None else parse_policy(policy),
-        baseline=_baseline(members.get("last_clock")),
+        baseline=_baseline(members["last_clock"]),
     )
 
 
 def _name(members: dict[str, Any]) -> bytes:
-    return parse_hex(_text(members, "ak_qualified_name"), "ak_qualified_name", at_most=68)
+    return parse_hex(_text(members, "ak_qualified_name"), "ak_qualified_name", at_most=_MAX_NAME)
 
 
 def _baseline(clock: object) -> ClockBaseline | None:
@@ -157,14 +166,15 @@ def _baseline(clock: object) -> ClockBaseline | None:
         clock=_counter(clock, "clock"),
         reset_count=_counter(clock, "resetCount"),
         restart_count=_counter(clock, "restartCount"),
-        firmware_version=_counter(clock, "firmwareVersion") if "firmwareVersion" in clock else None,
+        # Not in DESIGN 3.9's form, but part of a baseline: judged where it is given. It uses all 64 bits.
+        firmware_version=_counter(clock, "firmwareVersion", bits=64) if "firmwareVersion" in clock else None,
     )
 
 
-def _counter(members: dict[str, Any], name: str) -> int:
+def _counter(members: dict[str, Any], name: str, *, bits: int = 63) -> int:
     value = members.get(name)
-    if type(value) is not int or not 0 <= value < 2 * _MAX_COUNTER:
-        raise MalformedMessage(f"last_clock.{name} must be an integer from 0 to 2^64 - 1")
+    if type(value) is not int or not 0 <= value < 1 << bits:  # a bool is an int to isinstance
+        raise MalformedMessage(f"last_clock.{name} must be an integer from 0 to 2^{bits} - 1")
     return value
 
 
@@ -177,12 +187,12 @@ def _text(members: dict[str, Any], name: str) -> str:
     return value
 
 
-def _base64(members: dict[str, Any], name: str) -> bytes:
+def _base64(members: dict[str, Any], name: str, *, at_most: int = _MAX_STRUCTURE) -> bytes:
     text = _text(members, name)
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise MalformedMessage(f"{name} is not base64") from None
-    if base64.b64encode(data).decode() != text or len(data) > _MAX_STRUCTURE:
-        raise MalformedMessage(f"{name} is not canonical base64 of at most {_MAX_STRUCTURE} bytes")
+    if base64.b64encode(data).decode() != text or len(data) > at_most:
+        raise MalformedMessage(f"{name} is not canonical base64 of at most {at_most} bytes")
     return data
