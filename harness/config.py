@@ -179,13 +179,14 @@ class GuestManagerSettings(Settings):
 
 
 class HostileProviderSettings(Settings):
-    """A provider that lies (`harness.attacks`): ``host_agent`` and ``provider_verifier`` are the honest services."""
+    """A provider that lies (`harness.attacks`): how, and what a provider has: hosts, records and power switches."""
 
     tls: TlsSettings
+    operator: TlsSettings
+    registrar: Url
     mode: Literal["wrong-ak", "replay", "strip", "reboot"]
     state_dir: FilePath
     host_agent: Url
-    provider_verifier: Url
     hardware_control: FilePath
 
 
