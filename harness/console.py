@@ -71,3 +71,8 @@ def progress(text: str) -> Iterator[None]:
         return
     with console(sys.stderr).status(text):
         yield
+
+
+def say(text: str) -> None:
+    """Print a remark for people on standard error."""
+    print(text, file=sys.stderr, flush=True)

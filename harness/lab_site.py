@@ -257,6 +257,18 @@ class LabSite:
         tool_config.write_text(f"socket = {self.folder / 'h' / 'l'}\n")
         return tool, tool_config
 
+    def foreign_tool(self) -> dict[str, str]:
+        """A create_certs_tool that signs with a CA of its own: a vTPM made elsewhere (`attacks.foreign_ca`)."""
+        import harness.attacks.foreign_ca as foreign_ca
+
+        folder = self.folder / "x"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        tool, tool_config = folder / "foreign-ca", folder / "foreign-ca.conf"
+        tool.write_text(f'#!/bin/sh\nexec {sys.executable} {foreign_ca.__file__} "$@"\n')
+        tool.chmod(0o700)
+        tool_config.write_text("")
+        return {"tool": str(tool), "config": str(tool_config)}
+
     def _file(self, name: str, service: str, path: Path, settings: config.Settings) -> ServiceFile:
         config.dump(settings, path)
         return ServiceFile(name, service, path, self._sockets.get(name))
