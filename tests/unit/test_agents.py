@@ -85,7 +85,7 @@ async def verifier(database: Store, peers: FakePeers) -> AsyncIterator[Agents]:
             agents = Agents(store, peers, peers.wire.time, requester=REQUESTER, group=group)
             await agents.load()
             yield agents
-            raise _Stop
+            raise _Stop  # noqa: TRY301 - a task group ends its tasks by an exception
     except* _Stop:
         pass
 
