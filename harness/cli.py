@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from harness import __version__, cli_exit
+from harness import __version__, cli_exit, cli_provider, cli_tenant
 from harness.cli_help import AsJson, examples
 
 app = typer.Typer(
@@ -131,3 +131,7 @@ def doctor(as_json: AsJson = False) -> None:
         console.print_table(("what", "state", "found, or why it is needed"), rows, empty="nothing was checked")
         print(f"\nto mend it:\n  {diagnosis.remedy}" if diagnosis.remedy else "nothing is missing")
     raise typer.Exit(0 if diagnosis.ok else 1)
+
+
+app.add_typer(cli_tenant.app, name="tenant")
+app.add_typer(cli_provider.app, name="provider")
