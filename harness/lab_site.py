@@ -28,9 +28,9 @@ from harness import config
 from harness.errors import ConfigError
 from harness.lab_plan import GuestPlan, LabPlan
 from harness.lab_processes import bound_socket, url_of
-from harness.pki import Authority, Role
+from harness.pki import Authority, Role, now
 from harness.sim.boot import Scenario, reference_values
-from harness.sim.vendor import ROOT_CERTIFICATE
+from harness.sim.vendor import ROOT_CERTIFICATE, open_vendor
 from harness.swtpm import SOCKET_PATH_LIMIT
 from harness.tenant.policy import Policy
 from harness.values import HashAlg
@@ -78,6 +78,7 @@ class LabSite:
         self.authorities = {name: Authority.create(f"{name} CA") for name in (PROVIDER, *plan.tenants)}
         for name, authority in self.authorities.items():
             authority.write(self.folder / "pki" / name)
+        open_vendor(self.folder / "vendor", name="Simulated TPM vendor", now=now())
         self._sockets = {name: bound_socket() for name in self._listeners()}
         self.urls = {name: url_of(sock) for name, sock in self._sockets.items()}
 
