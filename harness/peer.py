@@ -209,8 +209,10 @@ class PeerClient:
         if isinstance(error, aiohttp.WSServerHandshakeError):
             return PeerUnreachable(f"{self.base_url} does not open a channel: it answered {error.status}")
         if isinstance(error, aiohttp.ServerDisconnectedError):
-            return PeerUnreachable(f"{self.base_url} closed the connection; it may not accept our certificate")
+            return PeerUnreachable(  # TLS 1.3: it judges our certificate after our handshake has ended
+                f"{self.base_url} closed the connection without an answer; it may not accept our certificate"
+            )
         text = str(error) or type(error).__name__
-        if "alert" in text.lower():  # TLS 1.3: the server refuses our certificate after our handshake has ended
-            return PeerUnreachable(f"{self.base_url} does not accept our certificate: {text}")
+        if "alert" in text.lower():
+            return PeerUnreachable(f"{self.base_url} may not accept our certificate: {text}")
         return PeerUnreachable(f"{self.base_url} cannot be reached: {text}")

@@ -15,7 +15,10 @@ Spec: SQLAlchemy 2 (asyncio; "Serializable isolation" of the pysqlite dialect); 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import sqlite3
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -98,11 +101,12 @@ async def open_store(url: str, metadata: MetaData, *, component: str, version: i
     """
     parsed, engine = _engine(url)
     try:
-        _make_private(parsed)
+        async with asyncio.timeout(_DEADLINE_S):
+            await asyncio.to_thread(_make_sqlite_file, parsed)
         async with asyncio.timeout(_DEADLINE_S), engine.begin() as connection:
             await _check_version(connection, component, version)
             await connection.run_sync(metadata.create_all)
-    except (SQLAlchemyError, OSError) as error:  # a refused connection and our deadline are OSErrors
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:  # a refused connection and our deadline are OSErrors
         await engine.dispose()
         raise StoreError(f"{_name(parsed)}: {_reason(error)}") from error
     except BaseException:
@@ -125,11 +129,24 @@ def _engine(url: str) -> tuple[URL, AsyncEngine]:
     return parsed, engine
 
 
-def _make_private(url: URL) -> None:
-    """Makes a SQLite file before SQLite does, with mode 0600; its log files take over the mode."""
+def _make_sqlite_file(url: URL) -> None:
+    """Makes a SQLite file where none is: private, and with its write-ahead log switched on.
+
+    It is made under another name. Two that switch at once would not wait for each other (`busy_timeout` does not hold
+    there), and closing a descriptor of a file that SQLite has open in this process would drop SQLite's locks on it.
+    """
     path = url.database if url.get_backend_name() == "sqlite" else None
-    if path and not path.startswith((":memory:", "file:")):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    if not path or path.startswith((":memory:", "file:")) or os.path.lexists(path):
+        return
+    descriptor, half = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".new-database-")  # 0600
+    os.close(descriptor)
+    try:
+        with contextlib.closing(sqlite3.connect(half)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        with contextlib.suppress(FileExistsError):  # somebody else was faster
+            os.link(half, path)
+    finally:
+        os.unlink(half)
 
 
 async def _check_version(connection: AsyncConnection, component: str, version: int) -> None:

@@ -47,7 +47,7 @@ from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 
 BODY_LIMIT = 64 * 1024
 DEADLINE_S = 35.0
-STOP_S = 2.0
+STOP_S = 1.5
 """aiohttp waits this long for running calls, and once more for what they have yet to read."""
 _LINE_LIMIT = 8190
 _BACKLOG = 512
@@ -295,7 +295,6 @@ async def serve(
             loop=asyncio.get_running_loop(),
             max_line_size=_LINE_LIMIT,
             max_field_size=_LINE_LIMIT,
-            keepalive_timeout=bounds.idle_s,
         )
         accepting = asyncio.create_task(Door(connection, context, bounds).run(listening))
         try:
@@ -314,7 +313,8 @@ def _listen(where: Listen) -> socket.socket:
         family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
         return socket.create_server((where.host, where.port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise where.refused(error.strerror or str(error)) from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # the address follows, which we name ourselves
+        raise where.refused(reason) from error
 
 
 def _url(listening: socket.socket) -> str:

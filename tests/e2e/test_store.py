@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import ForeignKey, MetaData, Table, event, insert, select, text, update
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from harness.errors import HarnessError, NotFound, StoreError
-from harness.store import Store, open_store
+from harness.store import Store, _make_sqlite_file, open_store
 
 WAIT_S = 20
 
@@ -49,6 +51,10 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     made = await opened(tmp_path / "t.db")
     yield made
     await made.close()
+
+
+def names(folder: Path, pattern: str) -> list[str]:
+    return [path.name for path in folder.glob(pattern)]
 
 
 def modes(folder: Path) -> set[int]:
@@ -178,11 +184,46 @@ async def test_only_one_of_two_stores_takes_what_is_free(tmp_path: Path) -> None
 
 
 async def test_many_open_one_new_file_at_once(tmp_path: Path) -> None:
-    """Services that share a database may start together: the tables are made once."""
-    stores = await asyncio.gather(*(opened(tmp_path / "t.db", component=f"c{at % 3}") for at in range(8)))
-    for store in stores:
-        assert await rounds(store) is None
-        await store.close()
+    """Services that share a database may start together, again and again: the file and its tables are made once."""
+    for turn in range(5):
+        path = tmp_path / f"{turn}.db"
+        stores = await asyncio.gather(*(opened(path, component=f"c{at % 3}") for at in range(8)))
+        for store in stores:
+            assert await rounds(store) is None
+        await asyncio.gather(*(store.close() for store in stores))
+    assert not names(tmp_path, ".new-*")
+
+
+def test_a_new_file_has_its_log_before_anybody_opens_it(tmp_path: Path) -> None:
+    """SQLite does not wait when two switch the log on at once: the file appears with it (file format, 1.3: 18, 19)."""
+    _make_sqlite_file(make_url(url_of(tmp_path / "t.db")))
+    assert (tmp_path / "t.db").read_bytes()[18:20] == b"\x02\x02"
+    assert names(tmp_path, "*") == ["t.db"]
+
+
+TAKE_THE_LOG_AWAY = """
+import sqlite3, sys
+print(sqlite3.connect(sys.argv[1], timeout=0).execute("PRAGMA journal_mode=DELETE").fetchone()[0])
+"""
+
+
+async def test_opening_drops_no_lock(tmp_path: Path) -> None:
+    """When a second store opens the file, another process still sees the first one's lock, and cannot take the
+    write-ahead log away from under it."""
+    first = await opened(tmp_path / "t.db")
+    async with first.begin() as session:
+        session.add(Host(name="h"))
+    await (await opened(tmp_path / "t.db", component="other")).close()
+    async with asyncio.timeout(WAIT_S):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", TAKE_THE_LOG_AWAY, str(tmp_path / "t.db")),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+    assert (out, err.splitlines()[-1]) == (b"", b"sqlite3.OperationalError: database is locked")
+    assert await rounds(first) == 0
+    await first.close()
 
 
 async def test_a_locked_database_is_a_store_error(tmp_path: Path) -> None:
