@@ -12,6 +12,8 @@ from harness import cli_show, cli_site
 from harness.cli_help import AsJson, Lab, examples, group
 
 if TYPE_CHECKING:
+    from harness import values
+    from harness.tenant.operator import TenantOperator
     from harness.tenant.policy import Policy
 
 app = group("Act as a tenant's operator: enrol hosts, put guests under attestation.")
@@ -30,6 +32,9 @@ PolicyFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Reference
 
 _HOST_COLUMNS = ("host", "enrolled at", "where", "resets")
 _GUEST_COLUMNS = ("guest", "host", "registered", "state", "attested", "rounds", "payload", "why")
+_ENDED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED", "TERMINATED"})
+"""States that only an operator ends."""
+_POLL_S = 0.2
 _ALARM_COLUMNS = ("at", "what", "guest", "host", "detail")
 
 
@@ -127,7 +132,7 @@ def guest_add(
 
     Exits 1 when the registrar refuses its vTPM or its agent cannot be believed.
     """
-    from harness.tenant.operator import Order, TenantOperator
+    from harness.tenant.operator import Order
     from harness.values import AgentId as Id
 
     own = cli_site.tenant_of(cli_site.site_of(lab), tenant)
@@ -158,9 +163,19 @@ def guest_list(tenant: Tenant = None, lab: Lab = None, as_json: AsJson = False) 
 
 
 @guest_app.command(
-    "show", epilog=examples("harness tenant guest show 6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5b --tenant alice")
+    "show",
+    epilog=examples(
+        "harness tenant guest show 6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5b --tenant alice",
+        "harness tenant guest show 6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5b --tenant alice --wait 30 --json",
+    ),
 )
-def guest_show(agent_id: AgentId, tenant: Tenant = None, lab: Lab = None, as_json: AsJson = False) -> None:
+def guest_show(
+    agent_id: AgentId,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for a verdict.")] = 0.0,
+    tenant: Tenant = None,
+    lab: Lab = None,
+    as_json: AsJson = False,
+) -> None:
     """Show a guest: its registration, state, and what was refused and why.
 
     Exits 1 when it is not attested now.
@@ -169,7 +184,7 @@ def guest_show(agent_id: AgentId, tenant: Tenant = None, lab: Lab = None, as_jso
 
     own = cli_site.tenant_of(cli_site.site_of(lab), tenant)
     wanted = Id(cli_site.parse_id(agent_id, "AGENT_ID"))
-    guest = cli_site.as_tenant(own, lambda operator: operator.guest(wanted))
+    guest = cli_site.as_tenant(own, lambda operator: _judged(operator, wanted, wait))
     cli_show.show_one(guest, as_json=as_json)
     raise typer.Exit(0 if (guest["attestation"] or {}).get("attested") else 1)
 
@@ -212,7 +227,21 @@ def _policy(path: Path) -> Policy:
         raise ConfigError(f"{path}: {error.detail}") from None
 
 
-async def _host_for(operator: Any, stated: str | None) -> Any:
+async def _judged(operator: TenantOperator, agent_id: values.AgentId, wait_s: float) -> Mapping[str, Any]:
+    """A guest as soon as there is a verdict on it, or as it is when the wait is over."""
+    import asyncio
+    import time
+
+    until = time.monotonic() + wait_s
+    while True:
+        guest = await operator.guest(agent_id)
+        session = guest["attestation"] or {}
+        if session.get("attested") or session.get("state") in _ENDED or time.monotonic() >= until:
+            return guest
+        await asyncio.sleep(_POLL_S)
+
+
+async def _host_for(operator: TenantOperator, stated: str | None) -> values.HostId:
     from harness.errors import ConfigError
     from harness.values import HostId as Id
 

@@ -10,7 +10,8 @@ The rules, for a package like ``harness`` (the number is in each finding):
 6. A file above ``LINE_LIMIT`` lines gives the reason in a ``Size:`` line of its docstring.
 7. A program that others start (``STANDARD_LIBRARY_ONLY``) imports the standard library only.
 
-Imports inside functions, under ``TYPE_CHECKING`` and through ``import_module("literal")`` count like any other.
+Imports inside functions, under ``TYPE_CHECKING`` and through ``import_module("literal")`` count like any other, except
+that an import for types alone closes no cycle: it never runs.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Import:
     path: str
     line: int
     target: str
+    for_types: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -98,7 +100,8 @@ def check(package: Path) -> list[Finding]:
         findings += _size(tree, path, source)
         for found in dict.fromkeys(imports):
             findings += _judge(found, package.name, modules)
-        edges[path] = {modules[found.target] for found in imports if found.target in modules} - {path}
+        run = {found.target for found in imports if not found.for_types}
+        edges[path] = {modules[target] for target in run if target in modules} - {path}
     findings += [Finding(5, cycle[0], 1, "import cycle " + " -> ".join([*cycle, cycle[0]])) for cycle in _cycles(edges)]
     return sorted(findings)
 
@@ -109,19 +112,25 @@ def _module_of(package: Path, file: Path) -> str:
 
 
 def _imports(tree: ast.Module, path: str, name: str, modules: Mapping[str, str]) -> Iterator[Import]:
+    for_types = {id(inner) for node in ast.walk(tree) if _is_for_types(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(path, node.lineno, alias.name)
+                yield Import(path, node.lineno, alias.name, id(node) in for_types)
         elif isinstance(node, ast.ImportFrom):
             base = _base(node, path, name)
             for alias in node.names:
                 member = f"{base}.{alias.name}"
-                yield Import(path, node.lineno, member if member in modules else base)
+                yield Import(path, node.lineno, member if member in modules else base, id(node) in for_types)
         elif isinstance(node, ast.Call) and _is_import_call(node.func):
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                     yield Import(path, node.lineno, argument.value)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    """Whether this is ``if TYPE_CHECKING:``; a branch for the other case would count as for types too."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _is_import_call(function: ast.expr) -> bool:

@@ -119,6 +119,15 @@ def test_a_cycle_is_found_even_when_one_import_is_inside_a_function(tmp_path: Pa
     assert "tenant/a.py -> tenant/b.py -> tenant/c.py -> tenant/a.py" in finding.text
 
 
+def test_an_import_for_types_closes_no_cycle(tmp_path: Path) -> None:
+    """Two files of which one needs the other for its types only do not import each other."""
+    files = {
+        "tenant/a.py": "from harness.tenant.b import x",
+        "tenant/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from harness.tenant.a import X",
+    }
+    assert layering.check(tree(tmp_path, files)) == []
+
+
 def test_a_long_file_with_a_reason_is_no_finding(tmp_path: Path) -> None:
     """A file above the limit that says why in its docstring is accepted; one at the limit needs no reason."""
     files = {
