@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.config import SiteSettings
-from harness.errors import DeadlineExceeded, EnrolmentError, SimulationError
+from harness.errors import DeadlineExceeded, EnrolmentError, HarnessError, SimulationError
 from harness.lab_decoy import Decoy
 from harness.lab_outcome import GuestOutcome, batches_in
 from harness.lab_plan import GuestPlan, LabPlan
@@ -49,6 +49,7 @@ _GUEST_S = 90.0
 _ROUND_S = 120.0
 _POLL_S = 0.05
 _QUOTE_INTERVAL_S = 5.0
+_ONBOARDED_S = 15.0
 _PENDING = frozenset(
     {"REGISTERED", "START", "SAVED", "GET_QUOTE", "GET_QUOTE_RETRY", "GET_PROVIDER_QUOTE", "GET_PROVIDER_QUOTE_RETRY"}
     | {"PROVIDE_V", "PROVIDE_V_RETRY"}
@@ -171,7 +172,17 @@ class Lab:
         raise SimulationError(f"the host agent has not announced itself within {_READY_S:g} s")
 
     async def _enrol(self, tenant: str) -> None:
-        await self._tenants[tenant].add_host(self.files.provider_verifier)
+        until = time.monotonic() + _ONBOARDED_S
+        while True:
+            try:
+                await self._tenants[tenant].add_host(self.files.provider_verifier)
+            except HarnessError as error:
+                # The provider verifier learns of a new tenant's authority within a second of the onboarding.
+                if not error.retryable or time.monotonic() > until:
+                    raise
+                await asyncio.sleep(2 * _POLL_S)
+            else:
+                return
 
     # --- guests -------------------------------------------------------------------------------------------
 

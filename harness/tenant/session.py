@@ -139,7 +139,8 @@ class Session:
             events.emit(
                 "state", agent_id=str(self.plan.agent_id), old=self.state.name, new=row.state.name, cause=event.name
             )
-        self._progress = replace(self._progress, state=row.state)
+        progress = replace(self._progress, state=row.state)
+        self._progress = self._with_finding(progress) if Effect.RECORD_FAILURE in row.effects else progress
         return row.effects
 
     # --- bookkeeping --------------------------------------------------------------------------------------
@@ -175,15 +176,20 @@ class Session:
         await self._save()
 
     async def _record_failure(self) -> None:
-        if self._finding is not None:
-            self._progress = replace(
-                self._progress,
-                layer=self._finding.layer,
-                failed_check=self._finding.check,
-                error=self._finding.error,
-                detail=self._finding.detail,
-            )
         await self._save()
+
+    def _with_finding(self, progress: Progress) -> Progress:
+        """Why the session stops, in the same step as the state that says so: nobody sees one without the other."""
+        finding = self._finding
+        if finding is None:
+            return progress
+        return replace(
+            progress,
+            layer=finding.layer,
+            failed_check=finding.check,
+            error=finding.error,
+            detail=finding.detail,
+        )
 
     async def _store_baseline(self) -> None:
         reboot = self._finding.reboot if self._finding else None
