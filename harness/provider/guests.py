@@ -258,8 +258,8 @@ class GuestResidency:
         state = state_dir / "tpm2-00.permall"
         try:
             status = await asyncio.to_thread(os.stat, state)
-        except OSError as error:
-            raise MalformedMessage(f"{state}: no vTPM state: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            raise MalformedMessage(f"{state}: no vTPM state: {error}") from error
         digest = await self._read_ek(state_dir)
         await self._journal.saw(agent_id, state, status, digest)
         certified = (await self._journal.rsa_eks()).get(agent_id)

@@ -74,8 +74,11 @@ async def manufacture(
         command += ["--pcr-banks", ",".join(bank.text for bank in banks)]
         if create_certs is not None:
             command += ["--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--vmid", create_certs.vmid]
-        await _run(command)
+        # swtpm_setup keeps its tool's words to itself unless there is a log that both write to.
+        log = building / "swtpm_setup.log"
+        await _run([*command, "--logfile", str(log)], log)
         config.unlink()
+        log.unlink(missing_ok=True)
         building.rename(state_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -100,7 +103,7 @@ def _config(create_certs: CreateCerts | None) -> str:
     )
 
 
-async def _run(command: Sequence[str]) -> None:
+async def _run(command: Sequence[str], log: Path) -> None:
     # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up.
     process = await asyncio.create_subprocess_exec(
         *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
@@ -113,8 +116,20 @@ async def _run(command: Sequence[str]) -> None:
     finally:
         await _end(process)
     if process.returncode:
-        lines = output.decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+        lines = (
+            (output + await asyncio.to_thread(_logged, log))
+            .decode(errors="replace")
+            .strip()
+            .splitlines()[-_LAST_LINES:]
+        )
         raise SimulationError(f"swtpm_setup failed with code {process.returncode}: {' / '.join(lines)}")
+
+
+def _logged(log: Path) -> bytes:
+    try:
+        return log.read_bytes()
+    except OSError:
+        return b""
 
 
 async def _end(process: Process) -> None:
