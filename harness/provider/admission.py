@@ -133,19 +133,6 @@ class Admission:
             raise StoreError("the provider's database cannot be read")
         return self._snapshot
 
-    async def hosts_of(self, tenant: str) -> list[HostId]:
-        """Hosts on which this tenant has an allowlist; read anew when there is none, for it may have come just now.
-
-        Raises:
-            StoreError: there is no fresh snapshot.
-
-        *Cancellation:* nothing has happened.
-        """
-        hosts = self.current().hosts_of(tenant)
-        if hosts or not await self.refresh(MISS_S):
-            return hosts
-        return self.current().hosts_of(tenant)
-
     async def admit_guest(self, tenant: str, agent_id: AgentId, selection: PcrSelection) -> Admitted:
         """Admits a guest round.
 
