@@ -74,7 +74,7 @@ def certificate(
     uris: tuple[str, ...] = (),
     usage: bool = True,
     begin: datetime = NOW - timedelta(days=1),
-    end: datetime = NOW + timedelta(days=365),
+    end: datetime | None = None,
 ) -> x509.Certificate:
     """A certificate with exactly these statements."""
     names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in (subject, issuer)]
@@ -85,7 +85,7 @@ def certificate(
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
-        .not_valid_after(end)
+        .not_valid_after(end or begin + timedelta(days=365))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
     )
     if use is not None:
@@ -109,15 +109,28 @@ def der(cert: x509.Certificate) -> bytes:
 
 
 class Vendor:
-    """A TPM vendor: root and issuing CA."""
+    """A TPM vendor: root and issuing CA, whose certificates are valid from a day before ``at``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, at: datetime = NOW) -> None:
         self._root_key, self._key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-        self.root = certificate(self._root_key.public_key(), self._root_key, subject="root", issuer="root", ca=True)
-        self.issuing = certificate(self._key.public_key(), self._root_key, subject="issuing", issuer="root", ca=True)
+        self._begin = at - timedelta(days=1)
+        self.root = self._sign(self._root_key.public_key(), self._root_key, subject="root", issuer="root", ca=True)
+        self.issuing = self._sign(self._key.public_key(), self._root_key, subject="issuing", issuer="root", ca=True)
 
     def certify(self, ek: rsa.RSAPublicKey) -> bytes:
-        return der(certificate(ek, self._key, subject="tpm", issuer="issuing", use=EK_USE))
+        return der(self._sign(ek, self._key, subject="tpm", issuer="issuing", use=EK_USE))
+
+    def _sign(
+        self,
+        key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey,
+        signer: ec.EllipticCurvePrivateKey,
+        *,
+        subject: str,
+        issuer: str,
+        ca: bool = False,
+        use: x509.ObjectIdentifier | None = None,
+    ) -> x509.Certificate:
+        return certificate(key, signer, subject=subject, issuer=issuer, ca=ca, use=use, begin=self._begin)
 
 
 class SoftHost:

@@ -44,8 +44,8 @@ class SoftTpm:
     """A TPM with a P-256 AK whose counters, clock and PCRs a test sets."""
 
     def __init__(self) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.ak = public_of(self._key)
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.ak = public_of(self.key)
         self.pcrs = {pcr: hashlib.sha256(bytes([pcr])).digest() for pcr in range(24)}
         self.clock, self.resets, self.restarts, self.safe, self.firmware = 1000, 7, 3, True, 0x20260101
 
@@ -78,7 +78,7 @@ class SoftTpm:
             + selection.marshal()
             + sized(digest)
         )
-        r, s = decode_dss_signature(self._key.sign(attest, ec.ECDSA(hashes.SHA256())))
+        r, s = decode_dss_signature(self.key.sign(attest, ec.ECDSA(hashes.SHA256())))
         return attest, bytes.fromhex("0018000b") + sized(r.to_bytes(32, "big")) + sized(s.to_bytes(32, "big")), values
 
 
