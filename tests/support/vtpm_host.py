@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +148,15 @@ async def nv_of(state_dir: Path, folder: Path, *indices: int) -> list[bytes | No
             return found
     finally:
         await swtpm.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that nobody announces."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.002)
 
 
 async def exchange(socket: Path, *lines: bytes) -> list[object]:
