@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.attest import Public, parse_public
 from harness.credential import check_ak, check_ek_rsa2048, keylime_auth_tag, make_credential
-from harness.errors import ChallengeFailed, CloneSuspected, MalformedMessage, Overloaded, PoolFull
+from harness.errors import ChallengeFailed, CloneSuspected, MalformedMessage, PoolFull
 from harness.values import AgentId
 
 T = TypeVar("T")
@@ -150,6 +150,7 @@ class OpenChallenges(Generic[T]):
     Args:
         random: source of secrets.
         monotonic: seconds on a clock that never goes back.
+        limit: of open challenges; one for each agent.
     """
 
     def __init__(
@@ -157,8 +158,10 @@ class OpenChallenges(Generic[T]):
         *,
         random: Callable[[int], bytes] = secrets.token_bytes,
         monotonic: Callable[[], float] = time.monotonic,
+        limit: int = _OPEN_LIMIT,
     ) -> None:
         self._random = random
+        self._limit = limit
         self._monotonic = monotonic
         self._open: dict[AgentId, _Open[T]] = {}
 
@@ -170,10 +173,11 @@ class OpenChallenges(Generic[T]):
             UnacceptableKey: the EK is of no RSA template.
         """
         now = self._monotonic()
-        if len(self._open) >= _OPEN_LIMIT:
+        self._open.pop(agent_id, None)  # replaced, so that it needs no room
+        if len(self._open) >= self._limit:
             self._open = {other: entry for other, entry in self._open.items() if entry.until >= now}
-        if len(self._open) >= _OPEN_LIMIT:
-            raise self._full()
+        if len(self._open) >= self._limit:
+            raise PoolFull("too many registrations are open", retry_after_s=CHALLENGE_S / 2)
         secret = self._random(_SECRET_SIZE)
         tag = keylime_auth_tag(secret, str(agent_id))
         self._open[agent_id] = _Open(value=value, auth_tag=tag, until=now + CHALLENGE_S)
@@ -195,6 +199,3 @@ class OpenChallenges(Generic[T]):
     def forget(self, agent_id: AgentId) -> None:
         """Drops the open challenge of an agent."""
         self._open.pop(agent_id, None)
-
-    def _full(self) -> Overloaded:
-        return PoolFull("too many registrations are open", retry_after_s=CHALLENGE_S / 2)
