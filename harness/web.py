@@ -54,6 +54,7 @@ _BACKLOG = 512
 _BOUNDS = Bounds()
 _INTERNAL_FAULT = "internal fault; see the service's log"
 _CHANNELS: web.AppKey[weakref.WeakSet[web.WebSocketResponse]] = web.AppKey("channels")
+_OPENED: web.RequestKey[web.WebSocketResponse] = web.RequestKey("opened", web.WebSocketResponse)
 _PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
 
 Handler = Callable[[web.Request], Awaitable[object]]
@@ -170,17 +171,19 @@ async def _envelope(
     try:
         return _not_stored(await handler(request))
     except HarnessError as error:
-        return _refusal(error)
+        answer = _refusal(error)
     except web.HTTPRequestEntityTooLarge:
-        return _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"))
+        answer = _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"))
     except web.HTTPException as error:
         sentence = ascii(f"{request.method} {request.path[:100]}: {error.reason}")[1:-1]
-        return _answer(error.status, {"code": error.status, "status": sentence, "results": {}}, error.headers)
+        answer = _answer(error.status, {"code": error.status, "status": sentence, "results": {}}, error.headers)
     except Exception:  # the border of a request: the client learns that it failed, the log learns why
         events.emit("internal_fault", level="error", method=request.method, path=request.path, exc_info=True)
-        return _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
+        answer = _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
     finally:
         request_ended(transport)
+    opened = request.get(_OPENED)  # an open channel has no place for an answer: it is closed
+    return answer if opened is None else opened
 
 
 def _not_stored(response: web.StreamResponse) -> web.StreamResponse:
@@ -228,7 +231,7 @@ class _Connection(web.RequestHandler):
 async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> tuple[Channel, web.WebSocketResponse]:
     """Opens a WebSocket on a route without deadline; the handler returns the response when it is done.
 
-    When the server stops, the channel ends as if the peer had closed it.
+    When the server stops, the channel ends as if the peer had closed it. An exception of the handler closes it.
 
     Args:
         request: of the handler.
@@ -238,6 +241,7 @@ async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> t
     """
     response = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=limit, timeout=CLOSE_S, compress=False)
     await response.prepare(request)
+    request[_OPENED] = response
     request.app[_CHANNELS].add(response)
     return Channel(response), response
 

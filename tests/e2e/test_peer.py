@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import aiohttp
 import pytest
 from cryptography import x509
 
@@ -21,7 +23,7 @@ from harness.errors import (
 )
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
-from harness.tls import identities_of, server_context
+from harness.tls import client_context, identities_of, server_context
 from harness.web import application, serve
 from tests.support.web_lab import WAIT_S, Pki, service
 
@@ -191,3 +193,30 @@ async def test_a_large_frame_ends_the_channel(pki: Pki) -> None:
         async with client.channel("/v1/stream") as channel:
             await channel.send("x")
             assert await channel.receive() == "x"
+
+
+async def test_a_channel_that_broke_says_so(pki: Pki) -> None:
+    """After the connection is gone, receiving ends and sending is PeerUnreachable."""
+    tls = pki.tls("provider", Role.PROVIDER_VERIFIER)
+    async with PeerClient(tls, "https://127.0.0.1:1") as client, AsyncExitStack() as stack, asyncio.timeout(WAIT_S):
+        async with service(pki) as running:
+            client.base_url = running.url
+            channel = await stack.enter_async_context(client.channel("/v1/stream"))
+        assert await channel.receive() is None
+        with pytest.raises(PeerUnreachable):
+            await channel.send("x")
+
+
+@pytest.mark.parametrize("frame", [b"\x00", "fault"], ids=["not-text", "internal-fault"])
+async def test_an_error_of_the_handler_closes_the_channel(pki: Pki, frame: bytes | str) -> None:
+    """A binary frame, and a fault of ours, end the channel in order: no HTTP answer is written into it."""
+    context = client_context(pki.tls("provider", Role.PROVIDER_VERIFIER))
+    async with (
+        service(pki) as running,
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{running.url}/v1/stream", ssl=context) as socket,
+        asyncio.timeout(WAIT_S),
+    ):
+        await (socket.send_bytes(frame) if isinstance(frame, bytes) else socket.send_str(frame))
+        assert (await socket.receive()).type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED}
+        assert running.calls == []

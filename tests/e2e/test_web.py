@@ -15,6 +15,7 @@ from harness.config import Listen, ProviderVerifierSettings, dump, load
 from harness.errors import (
     AccessDenied,
     ConfigError,
+    PeerRefusedUs,
     PeerUnreachable,
     PoolFull,
 )
@@ -217,6 +218,41 @@ async def test_results_and_query_pass_unchanged(pki: Pki) -> None:
     async with service(pki) as running, PeerClient(pki.tls("alice"), running.url) as client:
         results = await client.call("PUT", "/v1/echo", params=[("a", "1"), ("a", "ü&=")], body={"x": [1, "ß"]})
     assert results == {"body": {"x": [1, "ß"]}, "query": [["a", "1"], ["a", "ü&="]]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"a": 1}', 200),
+        (b"{}", 200),
+        (b'{"a": 1, "root": 2}', 400),
+        (b'{"a": 1, "a": 2}', 400),
+        (b"[1]", 400),
+        (b"null", 400),
+        (b"", 400),
+        (b'{"a": NaN}', 400),
+        (b"\xff", 400),
+    ],
+)
+async def test_a_body_is_an_object_with_known_members(pki: Pki, body: bytes, status: int) -> None:
+    """An unknown or a repeated member, and what is no JSON object, is answered 400."""
+    async with service(pki) as running, wire(pki.tls("alice"), running.port) as bare:
+        await bare.send(b"POST /v1/named HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        found, _, answer = await bare.answer()
+        assert found == status
+        assert status == 200 or json.loads(answer)["results"] == {"error": "MalformedMessage"}
+
+
+async def test_deleting_what_has_no_such_call(pki: Pki) -> None:
+    """A client learns a wrong method and a wrong path as a refusal with the status."""
+    async with service(pki) as running, PeerClient(pki.tls("alice"), running.url) as client:
+        assert await client.post("/v1/named", {"b": None}) == {"b": None}
+        for method, path, status in (("DELETE", "/v1/whoami", 405), ("GET", "/v1/none", 404)):
+            with pytest.raises(PeerRefusedUs) as refused:
+                await client.call(method, path)
+            assert refused.value.status == status
+        with pytest.raises(PeerRefusedUs):
+            await client.delete("/v1/none")
 
 
 # --- start and stop ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from harness.errors import HarnessError, PoolFull
 from harness.peer import PeerClient
 from harness.pki import Authority, Role, now
 from harness.tls import Identities, client_context, identities_of
-from harness.web import Route, Server, accept_channel, application, peer_of, read_json, serve
+from harness.web import Route, Server, accept_channel, application, peer_of, read_json, read_object, serve
 
 WAIT_S = 20.0
 ANYBODY = tuple(Role)
@@ -91,6 +91,10 @@ def _routes(calls: list[str], entered: asyncio.Event, release: asyncio.Event, le
         calls.append("echo")
         return {"body": await read_json(request), "query": list(request.query.items())}
 
+    async def named(request: web.Request) -> object:
+        calls.append("named")
+        return await read_object(request, members={"a", "b"})
+
     async def wait(_: web.Request) -> object:
         calls.append("wait")
         entered.set()
@@ -116,6 +120,8 @@ def _routes(calls: list[str], entered: asyncio.Event, release: asyncio.Event, le
         channel, response = await accept_channel(request, limit=1024)
         entered.set()
         while (text := await channel.receive()) is not None:
+            if text == "fault":
+                raise ZeroDivisionError("a secret of the inside")
             await channel.send(text)
         calls.append("stream ended")
         left.set()
@@ -126,6 +132,7 @@ def _routes(calls: list[str], entered: asyncio.Event, release: asyncio.Event, le
         Route("GET", "/v1/operator", whoami, roles={Role.PROVIDER_OPERATOR}, authority="provider"),
         Route("POST", "/v1/echo", echo, roles=ANYBODY, deadline_s=1.0),
         Route("PUT", "/v1/echo", echo, roles=ANYBODY),
+        Route("POST", "/v1/named", named, roles=ANYBODY),
         Route("GET", "/v1/wait", wait, roles=ANYBODY),
         Route("GET", "/v1/slow", wait, roles=ANYBODY, deadline_s=0.3),
         Route("GET", "/v1/fault", fault, roles=ANYBODY),

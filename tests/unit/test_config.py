@@ -212,11 +212,13 @@ def test_every_settings_class_is_strict(model: type[config.Settings]) -> None:
 
 
 SITE: dict[str, Any] = {
+    "pki": "pki",
     "provider": {"registrar": "https://127.0.0.1:1", "verifier": "https://127.0.0.1:2", "operator": TLS},
     "hosts": {
         "host-1": {
             "agent": "https://127.0.0.1:3",
             "guest_manager": "host-1/guests.sock",
+            "guests": "host-1/guests",
             "hardware_control": "host-1/control.sock",
             "tpm_socket": "host-1/tpm.sock",
         }
@@ -227,6 +229,8 @@ SITE: dict[str, Any] = {
             "verifier": "https://127.0.0.1:5",
             "provider_verifier": "https://127.0.0.1:2",
             "operator": TLS,
+            "guest_policy": "alice/guest.yml",
+            "host_policy": "alice/host.yml",
         }
     },
 }
@@ -236,7 +240,7 @@ def test_site(tmp_path: Path) -> None:
     """A lab's ``site.yml`` names provider, hosts and tenants."""
     site = config.load(written(tmp_path, SITE), config.SiteSettings)
     assert site.hosts["host-1"].guest_manager == tmp_path / "host-1" / "guests.sock"
-    assert site.hosts["host-1"].host_id is None
+    assert site.hosts["host-1"].guests == tmp_path / "host-1" / "guests"
     assert site.tenants["alice"].operator.key == tmp_path / "v.key"
 
 
