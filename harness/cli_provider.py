@@ -240,8 +240,17 @@ def _selection(bank: str, pcrs: str) -> PcrSelection:
 
 def _tenant_row(tenant: Mapping[str, Any]) -> tuple[str, ...]:
     banks = tenant.get("banks") or {}
-    seen = "; ".join(f"{bank}: {', '.join(map(str, pcrs))}" for bank, pcrs in banks.items())
+    seen = "; ".join(f"{bank}: {_ranges(pcrs)}" for bank, pcrs in banks.items())
     return tenant["name"], cli_show.text(tenant.get("host")), seen or "nothing"
+
+
+def _ranges(pcrs: list[int]) -> str:
+    """PCRs as `--pcrs` takes them, such as 0-7,14."""
+    firsts = [pcr for pcr in pcrs if pcr - 1 not in pcrs]
+    lasts = [pcr for pcr in pcrs if pcr + 1 not in pcrs]
+    return ",".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True)
+    )
 
 
 def _guest_row(guest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ HostId = Annotated[str, typer.Argument(metavar="HOST_ID", help="The host's id, a
 AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID", help="The guest's UUID.")]
 PolicyFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Reference values (default: the site's own).")]
 
-_HOST_COLUMNS = ("host", "enrolled at", "where", "resets")
+_HOST_COLUMNS = ("host", "enrolled at", "where")
 _GUEST_COLUMNS = ("guest", "host", "registered", "state", "attested", "rounds", "payload", "why")
 _ENDED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED", "TERMINATED"})
 """States that only an operator ends."""
@@ -254,9 +254,7 @@ async def _host_for(operator: TenantOperator, stated: str | None) -> values.Host
 
 
 def _host_row(host: Mapping[str, Any]) -> tuple[str, ...]:
-    resets = (host.get("baseline") or {}).get("reset_count")
-    enrolled_at = cli_show.time(host.get("enrolled_at"))
-    return cli_show.text(host["host_id"]), enrolled_at, cli_show.text(host.get("url")), cli_show.text(resets)
+    return cli_show.text(host["host_id"]), cli_show.time(host.get("enrolled_at")), cli_show.text(host.get("url"))
 
 
 def _guest_row(guest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Reads the documentation: fenced blocks with commands, links, and names of functions.
 
 The convention (CONTRIBUTING.md): a block marked ``console`` holds commands that are run as they stand, on lines that
-start with ``$``; ``exit=N`` after the word is the exit code of the last one. A block marked ``sh`` holds commands that
-are not run but checked: targets, commands and options must exist.
+start with ``$``; ``exit=N`` after the word is the exit code of the last one, and ``lab`` says that it needs a running
+lab: such blocks of a page are run one after the other in one shell. A block marked ``sh`` holds commands that are not
+run but checked: targets, commands and options must exist.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ class Block:
     def exit_code(self) -> int:
         """Exit code that the last command of the block has."""
         return int(next((option[5:] for option in self.options if option.startswith("exit=")), "0"))
+
+    @property
+    def needs_lab(self) -> bool:
+        """Whether the commands are for a running lab."""
+        return "lab" in self.options
+
+    @property
+    def script(self) -> str:
+        """The commands for a shell that stops at the first one that ends otherwise than the page says."""
+        *before, last = self.commands
+        checked = f"rc=0; {last} || rc=$?; [ $rc -eq {self.exit_code} ]" if self.exit_code else last
+        return "\n".join([*before, checked])
 
     @property
     def commands(self) -> tuple[str, ...]:

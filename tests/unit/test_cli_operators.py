@@ -33,6 +33,7 @@ class Operator:
         self.asked: list[tuple[Any, ...]] = []
         self.refusal: Exception | None = None
         self.guest_now: dict[str, Any] = GUEST
+        self.allowlist = [0, 7]
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         answers: dict[str, Any] = {
@@ -42,7 +43,7 @@ class Operator:
             "guests": [{**self.guest_now, "name": "web1", "tenant": "alice", "registered": True}],
             "guest": self.guest_now,
             "alarms": [],
-            "tenants": [{"name": "alice", "allowlists": {HOST_ID: {"sha256": [0, 7]}}}],
+            "tenants": [{"name": "alice", "allowlists": {HOST_ID: {"sha256": self.allowlist}}}],
         }
 
         async def call(*arguments: Any, **named: Any) -> Any:
@@ -270,6 +271,15 @@ def test_tables_show_why_a_guest_was_refused(lab: Path, operator: Operator, caps
     row = capsys.readouterr().out.splitlines()[1]
     assert AGENT_ID in row
     assert {"FAILED", "no", "locked", "GuestNotHere"} <= set(row.split())
+
+
+def test_allowlists_are_shown_as_they_are_given(
+    lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PCRs in a row are a range, in the form that `allow --pcrs` takes."""
+    operator.allowlist = [0, 1, 2, 7, 14, 15]
+    assert run("provider", "tenant", "list", "--lab", str(lab)) == 0
+    assert "sha256: 0-2,7,14-15" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

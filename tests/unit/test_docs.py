@@ -33,7 +33,8 @@ def test_every_command_shown_exists(block: docs.Block) -> None:
 
 def problem_with(line: str) -> str | None:
     """What is wrong with a command line shown to people; None when nothing is."""
-    program, *words = shlex.split(line)
+    inner = re.fullmatch(r"\w+=\$\((.*)\)", line)
+    program, *words = shlex.split(inner[1] if inner else line, comments=True)
     if program == "make":
         unknown = [word for word in words if "=" not in word and word not in MAKE_TARGETS]
         return f"no target {unknown[0]}" if unknown else None
@@ -60,6 +61,7 @@ def problem_with_harness(words: list[str]) -> str | None:
         ("make nonsense", "no target nonsense"),
         ("harness nonsense", "no command nonsense"),
         ("harness demo --nonsense", "no option --nonsense"),
+        ("x=$(harness nonsense)", "no command nonsense"),
         ('make test ARGS="-e py311"', None),
         ("harness demo --tamper host-kernel", None),
     ],
