@@ -13,7 +13,8 @@ Invariants:
     3. Within a round the host is asked after the guest's evidence was accepted, and bound to exactly that evidence.
     4. V leaves only through `Round.accepted_key`, which exists only when every layer that the plan needs was accepted
        in the same round.
-    5. An exception that is not a peer's failure ends in TENANT_FAILED: no path leads from it to "attested".
+    5. A finding is stored before the session may end: a stop of the service does not lose it.
+    6. An exception that is not a peer's failure ends in TENANT_FAILED: no path leads from it to "attested".
 
 Owner: the task that runs `run`; `resume`, `delete` and the views are called from the same event loop.
 
@@ -23,7 +24,7 @@ Spec: DESIGN 3.5 (10, 11), 3.8; STYLE B3, job 1.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 
 from harness import events
@@ -108,7 +109,8 @@ class Session:
     async def run(self) -> None:
         """Drives the session until it is cancelled.
 
-        *Cancellation:* an active session goes to SAVED; an answer that is under way is dropped.
+        *Cancellation:* an active session goes to SAVED; an answer that is under way is dropped, what is being stored
+        is stored.
         """
         event: Event | None = None if self.state in STOPPED else Event.BEGIN
         try:
@@ -123,15 +125,20 @@ class Session:
         try:
             return await self._await_operator() if event is None else await self._step(event)
         except Exception as error:
-            events.emit("session_fault", agent_id=str(self.plan.agent_id), state=self.state.name, exc_info=True)
+            events.emit(
+                "session_fault", level="error", agent_id=str(self.plan.agent_id), state=self.state.name, exc_info=True
+            )
             self._finding = Finding("verifier", type(error).__name__, str(error))
             return Event.INTERNAL_FAULT if self.state in ACTIVE else None
 
     async def _step(self, event: Event) -> Event | None:
-        outcome: Event | None = None
-        for effect in self._fire(event):
-            outcome = await self._perform[effect]()
-        return outcome
+        *bookkeeping, activity = self._fire(event)
+        await _finished(self._keep_books(bookkeeping))
+        return await self._perform[activity]()
+
+    async def _keep_books(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            await self._perform[effect]()
 
     def _fire(self, event: Event) -> tuple[Effect, ...]:
         row = transition(self.state, event)
@@ -260,7 +267,7 @@ class Session:
             return self._unanswered(PAYLOAD, error)
         self._retries.answered(PAYLOAD)
         self._progress = replace(self._progress, v_released=True)
-        await self._save()
+        await _finished(self._save())
         return Event.V_DELIVERED
 
     async def _back_off(self) -> Event:
@@ -313,3 +320,21 @@ class Session:
         if self._round is None:
             raise IllegalTransition("no accepted guest evidence in this round")
         return self._round
+
+
+async def _finished(bookkeeping: Coroutine[None, None, None]) -> None:
+    """Waits until it is done, also when cancelled meanwhile. Bounded, because a transaction is.
+
+    *Cancellation:* it was done, or a second cancellation stopped it.
+    """
+    task = asyncio.get_running_loop().create_task(bookkeeping)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        if not task.cancelled() and (fault := task.exception()) is not None:  # must not hide the cancellation
+            events.emit("session_fault", level="error", detail=str(fault))
+        raise

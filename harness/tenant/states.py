@@ -142,7 +142,7 @@ _Row = tuple[State, Event, State, tuple[Effect, ...]]
 
 _NEW_ROUND = (Effect.NEW_ROUND, Effect.ASK_GUEST)
 _STOP = (Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
-_FINDING = (Effect.RAISE_ALARM, Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
+_FINDING = (Effect.RECORD_FAILURE, Effect.RAISE_ALARM, Effect.AWAIT_OPERATOR)
 _OUR_BUG = (Effect.LOG_ERROR, Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
 
 

@@ -178,6 +178,8 @@ class MemoryRecords:
         self.saved: list[Progress] = []
         self.alarms: list[Alarm] = []
         self.fault: HarnessError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def baseline(self, ak_name: bytes) -> ClockBaseline | None:
         return self.baselines.get(ak_name)
@@ -195,6 +197,7 @@ class MemoryRecords:
 
     async def save(self, agent_id: AgentId, progress: Progress) -> None:
         assert agent_id == AGENT
+        await self.gate.wait()
         if self.fault is not None:
             raise self.fault
         self.saved.append(progress)

@@ -622,3 +622,36 @@ async def test_delete_ends_a_session_for_good() -> None:
     session.delete()
     assert session.state is State.TERMINATED
     assert not session.attested()
+
+
+async def test_a_finding_is_stored_although_the_service_stops() -> None:
+    """Stopped while INVALID_QUOTE is being stored: it is stored, with its alarm, before the task ends."""
+    wire = Wire()
+    wire.guest.tpm.pcrs[0] = bytes(32)
+    wire.records.gate.clear()
+    session = Session(wire.plan, wire.ports, Progress(state=State.SAVED))
+    task = asyncio.get_running_loop().create_task(session.run())
+    await settle()
+    assert session.state is State.INVALID_QUOTE
+    task.cancel()
+    await settle()
+    assert not task.done()
+    wire.records.gate.set()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()
+    assert [progress.state for progress in wire.records.saved] == [State.INVALID_QUOTE]
+    assert [alarm.kind for alarm in wire.records.alarms] == ["ReferenceValueMismatch"]
+
+
+async def test_a_stop_is_not_hidden_by_a_database_that_fails() -> None:
+    """The service stops while a record is being stored, and storing it fails: the session ends all the same."""
+    wire = Wire()
+    wire.records.gate.clear()
+    wire.records.fault = StoreError("disk full")
+    task = asyncio.get_running_loop().create_task(Session(wire.plan, wire.ports, Progress(state=State.SAVED)).run())
+    await settle()
+    task.cancel()
+    await settle()
+    wire.records.gate.set()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()
