@@ -70,6 +70,9 @@ def demo(
 
     Exits 0 when every guest was accepted, 1 when one was refused.
     """
+    from harness import lab_processes
+
+    lab_processes.warm_up()  # before the demo's own imports, which take as long
     from harness import demo as command
     from harness.demo_options import DemoOptions
 

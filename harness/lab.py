@@ -125,8 +125,6 @@ class Lab:
             self._start(agent)
         with self._timed("onboarding"):
             await self._onboard(self.site)
-        with self._timed("host_enrolment"):
-            await asyncio.gather(*(self._enrol(name) for name in self.plan.tenants))
 
     def _start(self, file: ServiceFile) -> None:
         process = ServiceProcess(file.name, file.service, file.config, self.files.log(file.name))
@@ -176,29 +174,39 @@ class Lab:
         while True:
             try:
                 await self._tenants[tenant].add_host(self.files.provider_verifier)
+                break
             except HarnessError as error:
                 # The provider verifier learns of a new tenant's authority within a second of the onboarding.
                 if not error.retryable or time.monotonic() > until:
                     raise
                 await asyncio.sleep(2 * _POLL_S)
-            else:
-                return
+        for guest in self.plan.guests:
+            if guest.tenant == tenant and self._host_id is not None:
+                await self._tenants[tenant].state_guest(guest.agent_id, self._host_id)
 
     # --- guests -------------------------------------------------------------------------------------------
 
     async def _attest_all(self) -> list[GuestOutcome]:
-        with self._timed("guests"):
-            started = await asyncio.gather(*(self._start_guest(guest) for guest in self.plan.guests))
+        # The vTPMs are manufactured while the tenants enrol the host: nothing in one needs the other.
+        starting = [asyncio.create_task(self._start_guest(guest)) for guest in self.plan.guests]
+        try:
+            with self._timed("host_enrolment"):
+                await asyncio.gather(*(self._enrol(name) for name in self.plan.tenants))
+            with self._timed("guests"):
+                images = await asyncio.gather(*starting)
+                booted = zip(self.plan.guests, images, strict=True)
+                started = await asyncio.gather(*(self._registered(guest, image) for guest, image in booted))
+        finally:
+            for task in starting:
+                task.cancel()
         with self._timed("first_round"):
             pairs = zip(self.plan.guests, started, strict=True)
             return list(await asyncio.gather(*(self._attest(guest, contact) for guest, contact in pairs)))
 
-    async def _start_guest(self, guest: GuestPlan) -> GuestContact | EnrolmentError:
-        operator, host_id = self._tenants[guest.tenant], self._host_id
-        if self.site is None or host_id is None:
+    async def _start_guest(self, guest: GuestPlan) -> Path:
+        if self.site is None or self._host_id is None:
             raise SimulationError("the lab is not set up")
-        await self._provider.define_guest(guest.agent_id, guest.tenant, host_id, guest.name)
-        await operator.state_guest(guest.agent_id, host_id)
+        await self._provider.define_guest(guest.agent_id, guest.tenant, self._host_id, guest.name)
         image = await asyncio.to_thread(write_image, self.site, guest, HOST)
         manager = self.files.host.guest_manager
         define: dict[str, object] = {"op": "define", "uuid": str(guest.agent_id), "name": guest.name}
@@ -207,6 +215,10 @@ class Lab:
             define["create_certs"] = self.files.foreign_tool()
         await ask(manager, define, deadline_s=_READY_S)
         await ask(manager, {"op": "start", "uuid": str(guest.agent_id)}, deadline_s=_GUEST_S)
+        return image
+
+    async def _registered(self, guest: GuestPlan, image: Path) -> GuestContact | EnrolmentError:
+        operator = self._tenants[guest.tenant]
         try:
             contact = await operator.registered(guest.agent_id, deadline_s=_GUEST_S)
         except EnrolmentError as error:

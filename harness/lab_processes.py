@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def url_of(sock: socket.socket) -> str:
     return f"https://{host}:{port}"
 
 
+def warm_up() -> None:
+    """Starts the preloaded parent, so that it loads while the caller still does other things."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    forkserver.ensure_running()
+
+
 class ServiceProcess:
     """One forked service.
 
@@ -59,8 +66,8 @@ class ServiceProcess:
 
     def start(self, sock: socket.socket | None = None) -> None:
         """Forks the service; a given socket is handed over and closed here."""
+        warm_up()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
         self._process = context.Process(
             target=_serve_in_child, args=(self._service, self._config, sock, self.log), name=self.name
         )
