@@ -34,7 +34,7 @@ from harness.values import AgentId, parse_agent_id
 
 _DAY = datetime.timedelta(days=1)
 _VALID_DAYS = 3650
-_RSA = re.compile(r"[0-9a-fA-F]{512}")
+_RSA = re.compile(r"[89a-fA-F][0-9a-fA-F]{510}[13579bdfBDF]")  # 2048 bits, odd
 _ECC = re.compile(r"x=([0-9a-fA-F]{1,96}),y=([0-9a-fA-F]{1,96}),id=(secp256r1|secp384r1)")
 _CURVES: Mapping[str, type[ec.EllipticCurve]] = {"secp256r1": ec.SECP256R1, "secp384r1": ec.SECP384R1}
 _TPM_OIDS = {
@@ -42,6 +42,7 @@ _TPM_OIDS = {
     "model": x509.ObjectIdentifier("2.23.133.2.2"),
     "version": x509.ObjectIdentifier("2.23.133.2.3"),
 }
+_MAX_COMMON_NAME = 64
 _TPM_TEXT = re.compile(r"[ -~]{1,64}")
 
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
@@ -82,7 +83,7 @@ def parse_issue_request(members: Mapping[str, object]) -> IssueRequest:
         MalformedMessage: unknown type, a key that is no EK of swtpm, or a vmid without a UUID.
     """
     kind, ek, vmid = (members.get(name) for name in ("type", "ek", "vmid"))
-    if kind not in {"ek", "platform"} or not isinstance(ek, str) or not isinstance(vmid, str):
+    if kind not in ("ek", "platform") or not isinstance(ek, str) or not isinstance(vmid, str):
         raise MalformedMessage("type must be ek or platform; ek and vmid must be text")
     key = _key(ek)
     name, _, uuid_text = vmid.rpartition(":")
@@ -95,7 +96,7 @@ def parse_issue_request(members: Mapping[str, object]) -> IssueRequest:
         kind=of_ek if kind == "ek" else PLATFORM,
         key=key,
         agent_id=parse_agent_id(uuid_text.lower()),
-        name=name[:63],
+        name=name,
         tpm=known,
     )
 
@@ -139,7 +140,7 @@ class VtpmCa:
         self._journal = journal
         self._domains = domains
         self._now = now
-        self._issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"vTPM CA of {host}")])
+        self._issuer = _common_name(f"vTPM CA of {host}")
 
     async def self_certificate(self) -> bytes:
         """Self-signed certificate of the CA key, DER; stock verifiers keep it in their store.
@@ -176,7 +177,7 @@ class VtpmCa:
     def _certificate(self, request: IssueRequest) -> x509.CertificateBuilder:
         platform = request.kind == PLATFORM
         is_rsa = isinstance(request.key, rsa.RSAPublicKey)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, request.name or str(request.agent_id))])
+        subject = _common_name(request.name or str(request.agent_id))
         identity = x509.Name(
             [
                 x509.RelativeDistinguishedName([x509.NameAttribute(_TPM_OIDS[key], text)])
@@ -208,6 +209,12 @@ class VtpmCa:
             .not_valid_after(now + _VALID_DAYS * _DAY)
         )
         return builder.serial_number(x509.random_serial_number()) if numbered else builder
+
+
+def _common_name(text: str) -> x509.Name:
+    """Name with this common name, cut to the 64 bytes that X.520 allows (ub-common-name)."""
+    cut = text.encode("utf-8", "replace")[:_MAX_COMMON_NAME].decode("utf-8", "ignore")
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cut)])
 
 
 def spki_digest(key: PublicKey) -> bytes:
