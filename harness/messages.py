@@ -52,6 +52,7 @@ __all__ = [
 _MAX_INTEGER = 1 << 63
 _LONGEST_INTEGER = 20
 """Digits of 2^64 - 1, the largest integer of any message."""
+_MAX_DEPTH = 100
 _MAX_STRUCTURE = 4096
 _MAX_HASHES = 64
 _MAX_VALUE = 64
@@ -73,7 +74,7 @@ def parse_json(data: bytes, *, limit: int) -> object:
     if len(data) > limit:
         raise MessageTooLarge(f"message of {len(data)} bytes, at most {limit} are allowed")
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole, parse_constant=_no_constant
         )
     except UnicodeDecodeError:
@@ -82,6 +83,19 @@ def parse_json(data: bytes, *, limit: int) -> object:
         raise MalformedMessage("message is nested too deeply") from None
     except ValueError as error:
         raise MalformedMessage(f"message is not JSON: {error}") from None
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: object) -> None:
+    # Python's own limit depends on the stack of the moment: the same message must not be JSON here and not there.
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [value for values in inner for value in values]
+        if not level:
+            return
+    raise MalformedMessage("message is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
