@@ -35,7 +35,7 @@ from tests.support.enrolment_parties import SoftVtpm
 from tests.support.pendings import agent
 from tests.support.vtpm_host import SoftCa
 
-GUEST, OTHER = agent(1), agent(2)
+GUEST, OTHER = agent(0xABC), agent(0xABD)
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 VTPM, STRANGER = SoftVtpm(), SoftVtpm()
 MODULUS = f"{VTPM.ek_key.public_key().public_numbers().n:0512x}"

@@ -1,0 +1,304 @@
+"""Which guests run here: the cache of domains from reports, and the residency that a batch is sealed with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from harness.errors import GuestNotHere, MalformedMessage, NotReady, PeerUnreachable
+from harness.provider.guests import Domain, GuestCache, GuestResidency
+from harness.provider.journal import RSA_EK, Journal
+from harness.provider.tables import HOST_SCHEMA, HostBase
+from harness.store import open_store
+from tests.support.batching import WAIT_S
+from tests.support.pendings import agent
+from tests.support.vtpm_host import ScriptedGuests, domain, until
+
+GUEST, OTHER = agent(1), agent(2)
+KEY, FOREIGN = b"\x01" * 32, b"\x02" * 32
+FILE = os.stat_result((0o600, 7, 8, 1, 0, 0, 0, 0, 0, 0))
+
+
+class Followed:
+    """A cache that follows a script."""
+
+    def __init__(self, guests: ScriptedGuests) -> None:
+        self.guests = guests
+        self.cache = GuestCache(guests, rng=random.Random(1))
+
+    async def say(self, *domains: Domain) -> None:
+        await self._took(lambda: self.guests.say({entry.agent_id: entry for entry in domains}))
+
+    async def change(self, changed: Domain, *, gone: bool = False) -> None:
+        await self._took(lambda: self.guests.say((changed.agent_id, None if gone else changed)))
+
+    async def _took(self, speak: object) -> None:
+        assert callable(speak)
+        async with asyncio.timeout(WAIT_S):
+            speak()
+            await self.cache.changed()
+
+
+@asynccontextmanager
+async def followed() -> AsyncIterator[Followed]:
+    made = Followed(ScriptedGuests())
+    task = asyncio.create_task(made.cache.follow())
+    try:
+        yield made
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------
+
+
+async def test_before_the_first_report_nothing_is_known() -> None:
+    """NotReady for every guest, not GuestNotHere."""
+    async with followed() as host:
+        for ask in (host.cache.domain, host.cache.check_manufacturing):
+            with pytest.raises(NotReady):
+                ask(GUEST)
+        with pytest.raises(NotReady):
+            host.cache.domains()
+
+
+async def test_the_first_report_is_all_there_is() -> None:
+    """A guest that is not in it is not defined here."""
+    async with followed() as host:
+        await host.say(domain(GUEST, "running"))
+        assert host.cache.domain(GUEST) == domain(GUEST, "running")
+        assert host.cache.domain(OTHER) is None
+
+
+async def test_changes_are_followed_one_by_one() -> None:
+    """Defined, started, stopped, undefined."""
+    async with followed() as host:
+        await host.say()
+        for state in ("shutoff", "starting", "running", "paused", "running", "shutoff"):
+            await host.change(domain(GUEST, state))
+            assert host.cache.domain(GUEST) == domain(GUEST, state)
+        await host.change(domain(GUEST), gone=True)
+        assert host.cache.domains() == {}
+        await host.change(domain(GUEST), gone=True)  # once more is no error
+
+
+async def test_a_lost_connection_makes_everything_unknown_until_the_next_list() -> None:
+    """What ran before is not believed any more: events may have been missed."""
+    async with followed() as host:
+        await host.say(domain(GUEST, "running"))
+        host.guests.break_off()
+        await until(lambda: _unknown(host.cache))
+        await host.say(domain(OTHER, "running"))
+        assert host.cache.domain(GUEST) is None
+        assert host.cache.domain(OTHER) == domain(OTHER, "running")
+        assert host.guests.connections == 2
+
+
+async def test_a_change_before_the_list_is_not_believed() -> None:
+    """The guest manager does not speak the protocol: connected anew, still unknown."""
+    async with followed() as host:
+        host.guests.say((GUEST, domain(GUEST, "running")))
+        await until(lambda: host.guests.connections == 2)
+        assert _unknown(host.cache)
+
+
+async def test_a_second_list_replaces_the_first() -> None:
+    """Guests that are not in it are gone."""
+    async with followed() as host:
+        await host.say(domain(GUEST))
+        await host.say(domain(OTHER))
+        assert list(host.cache.domains()) == [OTHER]
+
+
+async def test_a_cancelled_cache_says_not_ready() -> None:
+    """Nobody follows any more, so nothing is known."""
+    async with followed() as host:
+        await host.say(domain(GUEST, "running"))
+    assert _unknown(host.cache)
+
+
+def _unknown(cache: GuestCache) -> bool:
+    try:
+        cache.domains()
+    except NotReady:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("state", ["shutoff", "starting"])
+async def test_a_vtpm_may_be_made_for_a_domain_that_is_off(state: str) -> None:
+    """Or about to start: that is when swtpm_setup runs."""
+    async with followed() as host:
+        await host.say(domain(GUEST, state))
+        host.cache.check_manufacturing(GUEST)
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "migrating", "crashed", ""])
+async def test_no_vtpm_is_made_for_a_domain_that_runs(state: str) -> None:
+    """In any state but off; unknown states count as running."""
+    async with followed() as host:
+        await host.say(domain(GUEST, state))
+        with pytest.raises(GuestNotHere):
+            host.cache.check_manufacturing(GUEST)
+
+
+async def test_no_vtpm_is_made_for_a_transient_or_unknown_domain() -> None:
+    """It would be gone with its vTPM at the next stop, or is not this host's."""
+    async with followed() as host:
+        await host.say(domain(GUEST, persistent=False))
+        for agent_id in (GUEST, OTHER):
+            with pytest.raises(GuestNotHere):
+                host.cache.check_manufacturing(agent_id)
+
+
+# --- residency ------------------------------------------------------------------------------------------------
+
+
+class Resident:
+    """A host whose guest GUEST runs with its certified vTPM; a test changes one thing."""
+
+    def __init__(self, host: Followed, journal: Journal) -> None:
+        self.host = host
+        self.journal = journal
+        self.ek = KEY
+        self.residency = GuestResidency(host.cache, journal, self._read)
+        self.read: list[Path] = []
+
+    async def _read(self, state_dir: Path) -> bytes:
+        self.read.append(state_dir)
+        return self.ek
+
+    async def found(self) -> object:
+        return (await self.residency.check({GUEST}))[GUEST]
+
+
+@pytest.fixture
+async def resident(tmp_path: Path) -> AsyncIterator[Resident]:
+    url = f"sqlite+aiosqlite:///{tmp_path / 'agent.db'}"
+    store = await open_store(url, HostBase.metadata, component="host-agent", version=HOST_SCHEMA)
+    async with followed() as host:
+        journal = Journal(store)
+        await journal.record(GUEST, RSA_EK, KEY, 1)
+        await journal.saw(GUEST, tmp_path / "tpm2-00.permall", FILE, KEY)
+        await host.say(domain(GUEST, "running"))
+        yield Resident(host, journal)
+    await store.close()
+
+
+async def test_a_running_guest_with_its_certified_vtpm_is_here(resident: Resident) -> None:
+    """The digest is what goes into the leaf."""
+    assert await resident.found() == KEY
+
+
+@pytest.mark.parametrize("state", ["shutoff", "starting", "paused", "migrating", "crashed", "RUNNING", ""])
+async def test_a_guest_in_any_other_state_is_not_here(resident: Resident, state: str) -> None:
+    """Paused and migrating ones are not attested: who runs them next is open."""
+    await resident.host.change(domain(GUEST, state))
+    assert isinstance(await resident.found(), GuestNotHere)
+    await resident.host.change(domain(GUEST, "running"))
+    assert await resident.found() == KEY
+
+
+async def test_a_transient_domain_is_not_here(resident: Resident) -> None:
+    """Anybody who may use the guest manager could start one under this UUID."""
+    await resident.host.change(domain(GUEST, "running", persistent=False))
+    assert isinstance(await resident.found(), GuestNotHere)
+
+
+async def test_an_undefined_domain_is_not_here(resident: Resident) -> None:
+    """Whatever the journal knows."""
+    await resident.host.change(domain(GUEST), gone=True)
+    assert isinstance(await resident.found(), GuestNotHere)
+
+
+async def test_a_lost_guest_manager_is_not_ready(resident: Resident) -> None:
+    """503, and the tenant tries again: not an answer about this guest."""
+    resident.host.guests.break_off()
+    await until(lambda: _unknown(resident.host.cache))
+    assert isinstance(await resident.found(), NotReady)
+    with pytest.raises(NotReady):
+        await resident.residency.report()
+
+
+async def test_another_vtpm_at_the_last_start_is_not_here(resident: Resident, tmp_path: Path) -> None:
+    """A decoy under this UUID."""
+    await resident.journal.saw(GUEST, tmp_path / "tpm2-00.permall", FILE, FOREIGN)
+    assert isinstance(await resident.found(), GuestNotHere)
+
+
+async def test_a_guest_that_was_never_seen_starting_is_not_here(resident: Resident) -> None:
+    """It runs, and its key is certified; which vTPM it runs with nobody has looked at."""
+    await resident.journal.record(OTHER, RSA_EK, FOREIGN, 2)
+    await resident.host.change(domain(OTHER, "running"))
+    assert isinstance((await resident.residency.check({OTHER}))[OTHER], GuestNotHere)
+
+
+async def test_a_guest_whose_vtpm_was_never_certified_is_not_here(resident: Resident, tmp_path: Path) -> None:
+    """It was seen; nobody certified it."""
+    await resident.journal.saw(OTHER, tmp_path / "tpm2-00.permall", FILE, FOREIGN)
+    await resident.host.change(domain(OTHER, "running"))
+    assert isinstance((await resident.residency.check({OTHER}))[OTHER], GuestNotHere)
+
+
+async def test_a_released_vtpm_is_not_here(resident: Resident) -> None:
+    """The operator's release takes effect at the next batch."""
+    await resident.journal.release(GUEST, "stolen")
+    assert isinstance(await resident.found(), GuestNotHere)
+
+
+async def test_every_guest_of_a_batch_gets_its_own_answer(resident: Resident) -> None:
+    """One that is not here does not harm the others."""
+    found = await resident.residency.check({GUEST, OTHER})
+    assert found[GUEST] == KEY
+    assert isinstance(found[OTHER], GuestNotHere)
+    assert await resident.residency.check(frozenset()) == {}
+
+
+async def test_a_start_is_recorded_whatever_vtpm_it_is(resident: Resident, tmp_path: Path) -> None:
+    """The answer says whether it is the certified one; the record decides who is here."""
+    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
+    resident.ek = FOREIGN
+    assert not await resident.residency.starting(GUEST, tmp_path)
+    assert isinstance(await resident.found(), GuestNotHere)
+    resident.ek = KEY
+    assert await resident.residency.starting(GUEST, tmp_path)
+    assert await resident.found() == KEY
+    assert resident.read == [tmp_path, tmp_path]
+
+
+async def test_a_start_without_a_state_keeps_the_last_record(resident: Resident, tmp_path: Path) -> None:
+    """Nothing was read, so nothing has changed."""
+    for folder in (tmp_path / "nothing", Path("/\x00")):
+        with pytest.raises(MalformedMessage, match="no vTPM state"):
+            await resident.residency.starting(GUEST, folder)
+    assert resident.read == []
+    assert await resident.found() == KEY
+
+
+async def test_a_start_whose_state_cannot_be_read_keeps_the_last_record(resident: Resident, tmp_path: Path) -> None:
+    """The error is the reader's."""
+    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
+
+    async def fails(state_dir: Path) -> bytes:
+        raise PeerUnreachable(f"no swtpm for {state_dir}")
+
+    residency = GuestResidency(resident.host.cache, resident.journal, fails)
+    with pytest.raises(PeerUnreachable):
+        await residency.starting(GUEST, tmp_path)
+    assert await resident.found() == KEY
+
+
+async def test_the_report_for_the_registrar_names_every_domain(resident: Resident) -> None:
+    """With the EK it was last seen with, or none."""
+    await resident.host.change(domain(OTHER, "shutoff"))
+    assert await resident.residency.report() == [
+        {"agent_id": str(GUEST), "state": "running", "vtpm_ek": KEY.hex()},
+        {"agent_id": str(OTHER), "state": "shutoff", "vtpm_ek": ""},
+    ]
