@@ -74,11 +74,11 @@ async def test_the_list_comes_first_and_then_every_change(socket: Path) -> None:
     assert [json.loads(request) for request in requests] == [{"op": "watch"}]
 
 
-WRONG: list[dict[str, object]] = [
-    *({"uuid": value} for value in (None, 5, "", "X", str(GUEST).upper())),
-    *({"state": value} for value in (None, 5, [])),
-    *({"persistent": value} for value in (None, 1, "true")),
-]
+WRONG_MEMBERS: dict[str, list[object]] = {
+    "uuid": [None, 5, "", "X", str(GUEST).upper()],
+    "state": [None, 5, []],
+    "persistent": [None, 1, "true"],
+}
 BAD = [
     b"",
     b"no JSON",
@@ -90,7 +90,11 @@ BAD = [
     b'{"domains": [5]}',
     b'{"domains": [{}]}',
     b'{"domains": [], "domains": []}',
-    *(json.dumps({"domains": [SHOWN | wrong]}).encode() for wrong in WRONG),
+    *(
+        json.dumps({"domains": [SHOWN | {name: value}]}).encode()
+        for name, values in WRONG_MEMBERS.items()
+        for value in values
+    ),
     json.dumps({"domain": SHOWN}).encode(),
     json.dumps({"domain": SHOWN, "event": 5}).encode(),
     json.dumps({"domain": None, "event": "defined"}).encode(),
