@@ -47,6 +47,10 @@ class Role(enum.StrEnum):
     GUEST_AGENT = "guest-agent"
 
 
+TENANT_ROLES = frozenset({Role.TENANT_REGISTRAR, Role.TENANT_VERIFIER, Role.TENANT_OPERATOR, Role.GUEST_AGENT})
+"""What a tenant's authority may make somebody; the other roles are the provider's to give."""
+
+
 def now() -> datetime.datetime:
     """The machine's time, UTC."""
     return datetime.datetime.now(datetime.UTC)

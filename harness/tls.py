@@ -4,7 +4,9 @@ Invariants:
     1. Both sides show a certificate and check the other's; nothing here can turn that off.
     2. A peer's authority is the one whose *key* signed its certificate: two tenants' authorities may have equal names.
     3. Role and name are in exactly one URI among the certificate's alternative names (`pki`).
-    4. A session is never resumed: each connection is a handshake in which the certificates are checked.
+    4. An authority that was added while the server runs, a tenant's, vouches for tenants' roles only: whoever has a
+       certification authority can write any role into a certificate.
+    5. A session is never resumed: each connection is a handshake in which the certificates are checked.
 
 Spec: RFC 8446 (TLS 1.3), RFC 5246 (1.2); DESIGN 3.1, 3.2 (requester), 7.
 """
@@ -12,7 +14,7 @@ Spec: RFC 8446 (TLS 1.3), RFC 5246 (1.2); DESIGN 3.1, 3.2 (requester), 7.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 
 from harness.config import TlsSettings
 from harness.errors import AccessDenied, ConfigError
-from harness.pki import URN, Role, load_certificate
+from harness.pki import TENANT_ROLES, URN, Role, load_certificate
 from harness.protocol import requester_of
 
 _CACHED = 4096
@@ -49,16 +51,25 @@ class Identities:
     """Known authorities; tells who a certificate's owner is.
 
     Args:
-        authorities: certificates by the name under which each is known here.
+        authorities: certificates by the name under which each is known here; from the service's own settings, and
+            so trusted with every role.
     """
 
     def __init__(self, authorities: Mapping[str, x509.Certificate]) -> None:
         self._authorities = dict(authorities)
+        self._roles = {name: frozenset(Role) for name in authorities}
         self._cache: dict[bytes, Peer] = {}
 
-    def add(self, name: str, certificate: x509.Certificate) -> None:
-        """Adds an authority, or replaces the one of this name."""
+    def add(self, name: str, certificate: x509.Certificate, *, roles: Collection[Role] = TENANT_ROLES) -> None:
+        """Adds an authority, or replaces the one of this name.
+
+        Args:
+            name: under which it is known here.
+            certificate: its own.
+            roles: what it may make somebody.
+        """
         self._authorities[name] = certificate
+        self._roles[name] = frozenset(roles)
         self._cache.clear()
 
     def remove(self, name: str) -> None:
@@ -78,7 +89,8 @@ class Identities:
             certificate: DER.
 
         Raises:
-            AccessDenied: no known authority signed it, or it does not state one role and name.
+            AccessDenied: no known authority signed it, it does not state one role and name, or its authority may not
+                give that role.
         """
         known = self._cache.get(certificate)
         if known is None:
@@ -94,6 +106,8 @@ class Identities:
         if authority is None:
             raise AccessDenied("the client certificate is of no authority that is known here")
         role, name = _role_and_name(certificate)
+        if role not in self._roles[authority]:
+            raise AccessDenied(f"{authority} cannot make anybody a {role.value}")
         return Peer(authority=authority, role=role, name=name, requester=certificate_requester(certificate))
 
 

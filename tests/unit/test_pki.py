@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from harness.errors import AccessDenied, ConfigError
-from harness.pki import URN, Authority, Issued, Role, load_certificate, load_issued, load_key
+from harness.pki import TENANT_ROLES, URN, Authority, Issued, Role, load_certificate, load_issued, load_key
 from harness.private_file import write_private
 from harness.tls import Identities, certificate_requester
 
@@ -217,3 +217,24 @@ def test_authorities_come_and_go() -> None:
     with pytest.raises(AccessDenied):
         identities.peer(leaf)
     identities.remove("bob")
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_tenant_cannot_give_the_providers_roles(role: Role) -> None:
+    """An authority that was added while the server runs vouches for tenants' roles only; one from the settings for
+    all. (A tenant that signs itself a provider-operator would else be one.)"""
+    provider, alice = Authority.create("provider"), Authority.create("alice")
+    identities = Identities({"provider": provider.certificate})
+    identities.add("alice", alice.certificate)
+    assert identities.peer(der(provider.issue(role, "x"))).role is role
+    certificate = der(alice.issue(role, "x"))
+    if role in TENANT_ROLES:
+        assert identities.peer(certificate).authority == "alice"
+    else:
+        with pytest.raises(AccessDenied, match=f"alice cannot make anybody a {role.value}"):
+            identities.peer(certificate)
+
+
+def test_the_tenants_roles_are_a_closed_list() -> None:
+    """No role of the provider's is among those that a tenant may give."""
+    assert {role for role in Role if role.value.startswith(("tenant-", "guest-"))} == TENANT_ROLES
