@@ -4,6 +4,7 @@ Invariants:
     1. The vTPM is manufactured once, at the first start; its certificates come from the tool that was defined for it.
     2. Before the guest runs, the host agent has read its EK from a copy of the state; then its boot is measured.
     3. A stopped guest leaves no process.
+    4. A removed guest does not start again, whoever waited for its turn.
 
 Owner: the guest manager; `start` and `stop` of one guest exclude each other.
 
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from harness.errors import GuestDidNotStart, HarnessError
+from harness.errors import GuestDidNotStart, HarnessError, NotFound
 from harness.sim.boot import Scenario, replay
 from harness.sim.swtpm import CreateCerts, manufacture
 from harness.swtpm import SwtpmProcess
@@ -89,34 +91,39 @@ class ProcessGuest:
         self._swtpm = SwtpmProcess(self.state_dir, folder / "s", folder / "swtpm.log")
         self._agent: AgentProcess | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._removed = False
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
         """Starts the guest; does nothing when it runs.
 
         Raises:
-            GuestDidNotStart: manufacture, host agent, vTPM or boot failed; the guest is off.
+            GuestDidNotStart: manufacture, host agent, vTPM, boot or agent failed; the guest is off.
             ConfigError: its scenario cannot be used.
+            NotFound: it was removed.
 
         *Cancellation:* the guest is off.
         """
         async with self._lock:
+            if self._removed:
+                raise NotFound(f"no domain {self.definition.agent_id}")
             if self.state == "running":
                 return
             scenario = Scenario.load(self.definition.scenario)
             self._enter("starting")
             try:
                 await self._power_on(scenario)
-            except HarnessError as error:
+                self._enter("running")
+                if self.definition.agent_config is not None:
+                    self._agent = self._spawn(self.definition.name, self.definition.agent_config)
+            except (HarnessError, OSError) as error:  # OSError: from the system, when a program is started
                 await self._power_off()
-                raise GuestDidNotStart(f"guest {self.definition.name}: {error.detail}") from error
+                reason = error.detail if isinstance(error, HarnessError) else str(error)
+                raise GuestDidNotStart(f"guest {self.definition.name}: {reason}") from error
             except BaseException:
                 await self._power_off()
                 raise
             self._watching = asyncio.create_task(self._watch())
-            self._enter("running")
-            if self.definition.agent_config is not None:
-                self._agent = self._spawn(self.definition.name, self.definition.agent_config)
 
     async def stop(self) -> None:
         """Stops the guest in order; does nothing when it is off.
@@ -124,11 +131,26 @@ class ProcessGuest:
         *Cancellation:* its processes are ended.
         """
         async with self._lock:
-            if self._watching is not None:
-                self._watching.cancel()
-                await asyncio.gather(self._watching, return_exceptions=True)
-                self._watching = None
-            await self._power_off()
+            await self._stop()
+
+    async def remove(self) -> None:
+        """Stops the guest in order and removes what it has left on disk; does nothing when it is removed.
+
+        *Cancellation:* its processes are ended; call `remove` again.
+        """
+        async with self._lock:
+            if self._removed:
+                return  # the folder may be that of a new definition
+            await self._stop()
+            self._removed = True
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def _stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
+        await self._power_off()
 
     async def _power_on(self, scenario: Scenario) -> None:
         wanted = self.definition

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
+import re
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +29,15 @@ from pathlib import Path
 
 from harness import events
 from harness.config import GuestManagerSettings
-from harness.errors import Conflict, HarnessError, MalformedMessage, NotFound
+from harness.errors import (
+    ConfigError,
+    Conflict,
+    HarnessError,
+    MalformedMessage,
+    NotFound,
+    ProtocolError,
+    SimulationError,
+)
 from harness.messages import parse_json
 from harness.sim.guest import GuestDefinition, ProcessGuest, Spawn
 from harness.unix_server import UnixServer
@@ -39,6 +47,8 @@ _LINE_LIMIT = 64 * 1024
 _WATCHER_LIMIT = 10_000
 _READ_S = 10.0
 _DEFINITION = "domain.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # part of file names and of --vmid
+_MEMBERS = frozenset({"uuid", "name", "scenario", "agent_config", "create_certs"})
 
 
 class GuestManager:
@@ -53,7 +63,8 @@ class GuestManager:
         self._settings = settings
         self._spawn = spawn
         self._guests: dict[AgentId, ProcessGuest] = {}
-        self._watchers: set[asyncio.Queue[str | None]] = set()
+        self._watchers: set[asyncio.Queue[str]] = set()
+        self._defining = asyncio.Lock()
 
     async def run(self, sock: object = None) -> None:
         """Serves until it is cancelled.
@@ -63,31 +74,33 @@ class GuestManager:
 
         Raises:
             SimulationError: the socket cannot be made.
+            ConfigError: a definition that was kept cannot be used; its file is named.
 
         *Cancellation:* every guest is stopped in order.
         """
         folder = self._settings.state_dir
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
         for path in await asyncio.to_thread(lambda: sorted(folder.glob(f"*/{_DEFINITION}"))):
-            self._add(_load(path))
+            try:
+                self._add(self._definition(_load(path)))
+            except ProtocolError as error:
+                raise ConfigError(f"{path}: {error.detail}") from error
         server = UnixServer(self._settings.socket, self._serve)
         await server.start()
         events.emit("ready", guests=len(self._guests))
         try:
             await asyncio.Event().wait()
         finally:
-            for watcher in self._watchers:
-                watcher.put_nowait(None)
+            await server.stop()  # first: a start that is in work is given up, and holds its guest no longer
             await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
-            await server.stop()
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         while line := await reader.readline():
-            request = _request(line)
-            if request == {"op": "watch"}:
-                await self._watch(writer)
-                return
             try:
+                request = _request(line)
+                if request == {"op": "watch"}:
+                    await self._watch(writer)
+                    return
                 answer: Mapping[str, object] = await self._carry_out(request)
             except HarnessError as error:
                 answer = {"error": type(error).__name__, "detail": error.detail}
@@ -114,17 +127,18 @@ class GuestManager:
 
     async def _define(self, members: Mapping[str, object]) -> None:
         definition = self._definition(members)
-        if definition.agent_id in self._guests:
-            raise Conflict(f"domain {definition.agent_id} is defined already")
-        folder = self._folder(definition.agent_id)
-        await asyncio.to_thread(_save, folder, members)
-        self._add(definition)
+        async with self._defining:  # of two definitions at once the second finds the first
+            if definition.agent_id in self._guests:
+                raise Conflict(f"domain {definition.agent_id} is defined already")
+            folder = self._folder(definition.agent_id)
+            await asyncio.to_thread(_save, folder, members)
+            self._add(definition)
         self._tell(self._guests[definition.agent_id], "defined")
 
     def _definition(self, members: Mapping[str, object]) -> GuestDefinition:
         tool, config = self._settings.create_certs_tool, self._settings.create_certs_config
         match members.get("create_certs"):
-            case {"tool": str(given_tool), "config": str(given_config)}:
+            case {"tool": str(given_tool), "config": str(given_config), **rest} if not rest:
                 tool, config = Path(given_tool), Path(given_config)
             case None:
                 pass
@@ -132,8 +146,7 @@ class GuestManager:
                 raise MalformedMessage("create_certs must have tool and config")
         return replace(_parse(members), tool=tool, tool_config=config)
 
-    def _add(self, members: Mapping[str, object] | GuestDefinition) -> None:
-        definition = members if isinstance(members, GuestDefinition) else self._definition(members)
+    def _add(self, definition: GuestDefinition) -> None:
         agent_id = definition.agent_id
         guest = ProcessGuest(
             definition,
@@ -145,10 +158,9 @@ class GuestManager:
         self._guests[agent_id] = guest
 
     async def _undefine(self, guest: ProcessGuest) -> None:
-        await guest.stop()
-        del self._guests[guest.definition.agent_id]
-        await asyncio.to_thread(shutil.rmtree, self._folder(guest.definition.agent_id), ignore_errors=True)
-        self._tell(guest, "undefined")
+        await guest.remove()
+        if self._guests.pop(guest.definition.agent_id, None) is guest:  # only one of two calls at once
+            self._tell(guest, "undefined")
 
     def _guest(self, uuid: str) -> ProcessGuest:
         guest = self._guests.get(parse_agent_id(uuid))
@@ -171,11 +183,11 @@ class GuestManager:
             watcher.put_nowait(line)
 
     async def _watch(self, writer: StreamWriter) -> None:
-        changes: asyncio.Queue[str | None] = asyncio.Queue()
-        line: str | None = json.dumps(self._list())
+        changes: asyncio.Queue[str] = asyncio.Queue()
+        line = json.dumps(self._list())
         self._watchers.add(changes)
         try:
-            while line is not None and changes.qsize() < _WATCHER_LIMIT:
+            while changes.qsize() < _WATCHER_LIMIT:
                 writer.write(line.encode() + b"\n")
                 async with asyncio.timeout(_READ_S):
                     await writer.drain()
@@ -207,11 +219,15 @@ def _request(line: bytes) -> Mapping[str, object]:
 
 
 def _parse(members: Mapping[str, object]) -> GuestDefinition:
+    if unknown := sorted(members.keys() - _MEMBERS):
+        raise MalformedMessage(f"define has no member {unknown[0][:32]!r}")
     match members:
         case {"uuid": str(uuid), "name": str(name), "scenario": str(scenario)}:
             agent_config = members.get("agent_config")
             if agent_config is not None and not isinstance(agent_config, str):
                 raise MalformedMessage("agent_config must be a path")
+            if not _NAME.fullmatch(name):
+                raise MalformedMessage("name must be at most 63 letters, digits, dots, dashes and underscores")
             return GuestDefinition(
                 agent_id=parse_agent_id(uuid),
                 name=name,
@@ -224,11 +240,17 @@ def _parse(members: Mapping[str, object]) -> GuestDefinition:
 
 
 def _save(folder: Path, members: Mapping[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     half = folder / f".{_DEFINITION}"
-    half.write_text(json.dumps(members), encoding="utf-8")
-    half.replace(folder / _DEFINITION)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        half.write_text(json.dumps(members), encoding="utf-8")
+        half.replace(folder / _DEFINITION)
+    except OSError as error:
+        raise SimulationError(f"{folder}: the definition cannot be kept: {error.strerror}") from error
 
 
 def _load(path: Path) -> Mapping[str, object]:
-    return _request(path.read_bytes())
+    try:
+        return _request(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

@@ -145,7 +145,7 @@ def test_a_certificate_is_asked_for_and_written(site: Site, kind: str, name: str
 
 
 def test_the_tool_needs_nothing_but_the_systems_python(site: Site) -> None:
-    """No module beside its file passes for one of the standard library (there is an operator.py), nor does PYTHONPATH."""
+    """No module beside its file passes for the standard library's (there is an operator.py), nor does PYTHONPATH."""
     (site.folder / "base64.py").write_text("raise SystemExit(9)")
     with host_agent(site.socket, GRANTED):
         command = [localca.__file__, *site.arguments()]
