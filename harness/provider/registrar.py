@@ -2,7 +2,8 @@
 
 Invariants:
     1. Only the operator says whose a guest is; only a host agent says where it is reached, and what runs on it.
-    2. A guest registers with a certificate of its owner's authority, and only keys that it proved to have.
+    2. Operators and host agents are the provider's own: a tenant issues certificates with any role in them.
+    3. A guest registers with a certificate of its owner's authority, and only keys that it proved to have.
 
 Owner: the service `ProviderRegistrar`.
 
@@ -39,7 +40,7 @@ _DOMAIN_STATE = re.compile(r"[a-z]{1,16}")
 _OPERATOR = frozenset({Role.PROVIDER_OPERATOR})
 _HOST_AGENT = frozenset({Role.HOST_AGENT})
 _GUEST_AGENT = frozenset({Role.GUEST_AGENT})
-_OWN_AUTHORITY = "provider"
+OWN_AUTHORITY = "provider"
 
 
 class Registrar:
@@ -60,16 +61,18 @@ class Registrar:
         """Calls of operators, host agents and guest agents."""
         agent = r"/{version:v2\.[1-6]}/agents/{agent_id}"
         return [
-            Route("GET", "/v1/tenants", self._tenants, roles=_OPERATOR),
-            Route("POST", "/v1/tenants", self._add_tenant, roles=_OPERATOR),
-            Route("DELETE", "/v1/tenants/{name}", self._remove_tenant, roles=_OPERATOR),
-            Route("PUT", "/v1/tenants/{name}/allowlists/{host_id}", self._allow, roles=_OPERATOR),
-            Route("GET", "/v1/guests", self._guests, roles=_OPERATOR),
-            Route("POST", "/v1/guests", self._define_guest, roles=_OPERATOR),
-            Route("DELETE", "/v1/guests/{agent_id}", self._remove_guest, roles=_OPERATOR),
-            Route("GET", "/v1/hosts", self._hosts, roles=_OPERATOR),
-            Route("PUT", "/v1/hosts/{host_id}", self._announce, roles=_HOST_AGENT),
-            Route("PUT", "/v1/hosts/{host_id}/guests", self._report, roles=_HOST_AGENT),
+            Route("GET", "/v1/tenants", self._tenants, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("POST", "/v1/tenants", self._add_tenant, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("DELETE", "/v1/tenants/{name}", self._remove_tenant, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route(
+                "PUT", "/v1/tenants/{name}/allowlists/{host_id}", self._allow, roles=_OPERATOR, authority=OWN_AUTHORITY
+            ),
+            Route("GET", "/v1/guests", self._guests, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("POST", "/v1/guests", self._define_guest, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("DELETE", "/v1/guests/{agent_id}", self._remove_guest, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("GET", "/v1/hosts", self._hosts, roles=_OPERATOR, authority=OWN_AUTHORITY),
+            Route("PUT", "/v1/hosts/{host_id}", self._announce, roles=_HOST_AGENT, authority=OWN_AUTHORITY),
+            Route("PUT", "/v1/hosts/{host_id}/guests", self._report, roles=_HOST_AGENT, authority=OWN_AUTHORITY),
             Route("POST", agent, self._register, roles=_GUEST_AGENT),
             Route("PUT", agent, self._activate, roles=_GUEST_AGENT),
             Route("PUT", agent + "/activate", self._activate, roles=_GUEST_AGENT),
@@ -83,8 +86,8 @@ class Registrar:
     async def _add_tenant(self, request: web.Request) -> object:
         body = await read_object(request, members={"name", "ca"})
         name, ca = _name(body), _text(body, "ca")
-        if name == _OWN_AUTHORITY:
-            raise Conflict(f"{_OWN_AUTHORITY} is the provider's own authority")
+        if name == OWN_AUTHORITY:
+            raise Conflict(f"{OWN_AUTHORITY} is the provider's own authority")
         try:
             x509.load_pem_x509_certificate(ca.encode())
         except ValueError:
@@ -139,7 +142,8 @@ class Registrar:
         reports = body.get("guests")
         if not isinstance(reports, list) or not all(map(_is_report, reports)):
             raise MalformedMessage("guests must be a list of {agent_id, state, vtpm_ek}")
-        await self._store.report_guests(parse_host_id(request.match_info["host_id"]), reports)
+        host_id = parse_host_id(request.match_info["host_id"])
+        await self._store.report_guests(host_id, peer_of(request).name, reports)
         return {}
 
     # --- guest agents (Keylime's protocol) ----------------------------------------------------------------
@@ -159,10 +163,12 @@ class Registrar:
         return {"blob": base64.b64encode(blob).decode()}
 
     async def _activate(self, request: web.Request) -> object:
-        agent_id = _agent_id(request)
-        contact = self._challenges.answered(agent_id, parse_auth_tag(await read_json(request)))
-        await self._store.register_guest(agent_id, peer_of(request).authority, contact)
-        events.emit("guest_registered", agent_id=str(agent_id), tenant=peer_of(request).authority)
+        agent_id, tenant = _agent_id(request), peer_of(request).authority
+        auth_tag = parse_auth_tag(await read_json(request))
+        await self._store.check_owner(agent_id, tenant)  # first: nobody burns another tenant's challenge
+        contact = self._challenges.answered(agent_id, auth_tag)
+        await self._store.register_guest(agent_id, tenant, contact)
+        events.emit("guest_registered", agent_id=str(agent_id), tenant=tenant)
         return {}
 
 
