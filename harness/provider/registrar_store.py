@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from harness.errors import CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
+from harness.errors import AccessDenied, CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
 from harness.provider.admission import GuestRecord, Snapshot
 from harness.provider.stream import parse_allowlist
 from harness.provider.tables import Allowlist, Guest, Host, Tenant
@@ -141,18 +141,34 @@ class RegistrarStore:
         """Records where a host's agent is reached.
 
         Raises:
-            Conflict: another host has this name.
+            Conflict: another host has this name, or the host has another one: a host agent does not take over a host
+                of which it knows the id only.
         """
         async with self._store.begin() as session:
+            row = await session.get(Host, str(host_id))
+            if row is not None and row.name != name:
+                raise Conflict(f"host {host_id} has another name than {name}")
             other = await session.scalar(select(Host).where(Host.name == name, Host.host_id != str(host_id)))
             if other is not None:
                 raise Conflict(f"the name {name} belongs to host {other.host_id}")
             await session.merge(Host(host_id=str(host_id), name=name, url=url, reported_at=self._now()))
 
-    async def report_guests(self, host_id: HostId, reports: Sequence[Mapping[str, str]]) -> None:
-        """Records what a host says of its own guests; informative, nothing is decided by it."""
+    async def report_guests(self, host_id: HostId, name: str, reports: Sequence[Mapping[str, str]]) -> None:
+        """Records what a host says of its own guests; informative, nothing is decided by it.
+
+        Args:
+            host_id: the host.
+            name: of the host agent that reports.
+            reports: agent_id, state and vtpm_ek of each guest.
+
+        Raises:
+            AccessDenied: this host agent has not announced this host.
+        """
         by_id = {report["agent_id"]: report for report in reports}
         async with self._store.begin() as session:
+            host = await session.get(Host, str(host_id))
+            if host is None or host.name != name:
+                raise AccessDenied(f"{name} has not announced host {host_id}")
             for row in await session.scalars(select(Guest).where(Guest.host_id == str(host_id))):
                 report = by_id.get(row.agent_id)
                 row.reported_state = report["state"] if report else None
@@ -207,6 +223,15 @@ class RegistrarStore:
         async with self._store.begin() as session:
             return _shown(await _guest(session, agent_id))
 
+    async def check_owner(self, agent_id: AgentId, tenant: str) -> None:
+        """Checks whose a guest is.
+
+        Raises:
+            NotYourGuest: no such guest, or another tenant's.
+        """
+        async with self._store.begin() as session:
+            await _owned(session, agent_id, tenant)
+
     async def check_registration(self, agent_id: AgentId, tenant: str, contact: GuestContact) -> None:
         """Checks that these keys may become this guest's.
 
@@ -231,10 +256,15 @@ class RegistrarStore:
             row.ip, row.port, row.mtls_cert = contact.ip, contact.port, contact.mtls_cert
 
 
-async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, contact: GuestContact) -> Guest:
+async def _owned(session: AsyncSession, agent_id: AgentId, tenant: str) -> Guest:
     row = await session.get(Guest, str(agent_id))
     if row is None or row.tenant != tenant:
         raise NotYourGuest("no such guest of this tenant")
+    return row
+
+
+async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, contact: GuestContact) -> Guest:
+    row = await _owned(session, agent_id, tenant)
     if row.ek is not None and (row.ek, row.ak) != (contact.ek, contact.ak):
         raise KeyChanged(f"guest {agent_id} is registered with another EK or AK; remove it to register it anew")
     keys = (contact.ek, contact.ak)
