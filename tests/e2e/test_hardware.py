@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness.certificates import verify_ek_chain
 
 from harness.attest import Attest, parse_attest
+from harness.certificates import verify_ek_chain
 from harness.errors import CertificateRefused, ConfigError, SimulationError, SimulatorCrashed, SimulatorMissing
 from harness.sim.boot import Scenario, reference_values
 from harness.sim.control import ask

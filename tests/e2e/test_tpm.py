@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
+
 from harness.attest import (
     CertifyInfo,
     QuoteInfo,
@@ -23,7 +24,6 @@ from harness.attest import (
     verify_signature,
 )
 from harness.credential import check_ak, check_ca_key, check_ek, make_credential
-
 from harness.errors import CapabilityMissing, DeviceFault, DeviceUnavailable, SimulatorCrashed, UnacceptableKey
 from harness.sim.swtpm import manufacture
 from harness.swtpm import SwtpmProcess
