@@ -45,8 +45,8 @@ class UnixServer:
         """
         if len(bytes(self._path)) > SOCKET_PATH_LIMIT:
             raise SimulationError(f"socket path {self._path} is longer than {SOCKET_PATH_LIMIT} bytes")
-        self._clear()
         try:
+            self._clear()
             self._server = await asyncio.start_unix_server(self._accept, self._path, limit=_LINE_LIMIT)
             self._protect()
         except OSError as error:
@@ -66,6 +66,9 @@ class UnixServer:
         await asyncio.gather(*self._clients, return_exceptions=True)
 
     def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()  # it was being accepted while we stopped
+            return
         task = asyncio.get_running_loop().create_task(self._client(reader, writer))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import os
 import socket
@@ -60,6 +62,13 @@ class Site:
         """Runs the tool by its own first line, as swtpm_setup does."""
         command = [localca.__file__, *self.arguments(kind, **changes)]
         return subprocess.run(command, capture_output=True, text=True, timeout=TIME_S, check=False, env={})
+
+    def run_here(self, kind: str = "ek", **changes: str | None) -> subprocess.CompletedProcess[str]:
+        """The same in this process: what escapes from it fails the test."""
+        arguments = self.arguments(kind, **changes)
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            code = localca.main(arguments)
+        return subprocess.CompletedProcess(arguments, code, stdout="", stderr=told.getvalue())
 
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.out.iterdir()}
@@ -131,6 +140,9 @@ def test_a_certificate_is_asked_for_and_written(site: Site, kind: str, name: str
     """The request holds what swtpm_setup said; exit code 0 and nothing on standard error."""
     with host_agent(site.socket, GRANTED) as agent:
         ended = site.run(kind)
+    with host_agent(site.folder / "other", GRANTED):
+        site.config.write_text(f"socket = {site.folder / 'other'}\n")
+        assert site.run_here(kind).returncode == 0
     assert (ended.returncode, ended.stderr) == (0, "")
     assert site.files() == {name: CERTIFICATE}
     assert [json.loads(line) for line in agent.asked] == [
@@ -184,42 +196,48 @@ ANSWERS = {
 }
 
 
+def test_a_refusal_is_one_sentence_of_the_program(site: Site) -> None:
+    """What swtpm_setup puts into its log, and the guest manager into its answer."""
+    with host_agent(site.socket, b'{"error": "GuestNotHere", "detail": "domain X runs"}\n'):
+        assert failure(site, site.run()) == "localca: ek certificate: the host agent refuses: domain X runs"
+
+
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: ascii(answer[:40]))
 def test_any_other_answer_is_one_sentence_and_exit_code_1(site: Site, answer: bytes) -> None:
     """Refusals, garbage, half an answer, too much of it: no certificate, no traceback."""
     with host_agent(site.socket, answer):
-        sentence = failure(site, site.run())
+        sentence = failure(site, site.run_here())
     assert sentence == f"localca: ek certificate: {ANSWERS[answer]}"
 
 
 def test_a_host_agent_that_does_not_run_is_named(site: Site) -> None:
     """The socket that the configuration names."""
-    assert str(site.socket) in failure(site, site.run())
+    assert str(site.socket) in failure(site, site.run_here())
 
 
 def test_a_socket_path_that_is_too_long_is_one_sentence(site: Site) -> None:
     """Longer than the kernel takes."""
     site.config.write_text(f"socket = /{'x' * 200}\n")
-    assert "x" * 200 in failure(site, site.run())
+    assert "x" * 200 in failure(site, site.run_here())
 
 
 @pytest.mark.parametrize("content", [None, "", "socket\n", "# socket = /x\n", "sockets = /x\n"])
 def test_a_configuration_without_a_socket_is_named(site: Site, content: str | None) -> None:
     """Missing, empty, or with other keys only."""
     site.config.unlink() if content is None else site.config.write_text(content)
-    assert str(site.config) in failure(site, site.run())
+    assert str(site.config) in failure(site, site.run_here())
 
 
 def test_a_configuration_that_is_no_text_is_one_sentence(site: Site) -> None:
     """Not UTF-8."""
     site.config.write_bytes(b"\xff\xfe")
-    failure(site, site.run())
+    failure(site, site.run_here())
 
 
 def test_a_folder_that_does_not_exist_is_one_sentence(site: Site) -> None:
     """The certificate was granted and cannot be written."""
     with host_agent(site.socket, GRANTED):
-        assert "nowhere" in failure(site, site.run(dir=str(site.folder / "nowhere")))
+        assert "nowhere" in failure(site, site.run_here(dir=str(site.folder / "nowhere")))
 
 
 def test_a_log_that_cannot_be_written_changes_nothing(site: Site) -> None:
