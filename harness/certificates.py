@@ -6,6 +6,7 @@ EKs have none. So the few rules that matter here are checked one by one, on the 
 Invariants:
     1. Whatever is wrong, parsing included, is a CertificateRefused.
     2. The certified key is compared with the EK that was received: a certificate alone proves nothing.
+    3. A critical extension that is not checked here is a refusal (RFC 5280, 4.2).
 
 Spec: RFC 5280, 4.2 and 6.1; TCG EK Credential Profile 2.5, 3.2; DESIGN 3.6.
 """
@@ -33,6 +34,14 @@ E = TypeVar("E", bound=x509.ExtensionType)
 URN_UUID = "urn:uuid:"
 _MAX_CERTIFICATE = 8192
 _MAX_INTERMEDIATES = 8
+# Policies restrict nothing here: no chain is asked for one, and the extensions that would ask are not in this list.
+_UNDERSTOOD = (
+    x509.BasicConstraints,
+    x509.KeyUsage,
+    x509.ExtendedKeyUsage,
+    x509.SubjectAlternativeName,
+    x509.CertificatePolicies,
+)
 
 
 def verify_ek_chain(
@@ -65,14 +74,11 @@ def verify_ek_chain(
     _check_leaf(certificate, ek, now)
     below = 0  # CAs between this issuer and the leaf
     while True:
-        root = next((root for root in roots if _issued_by(certificate, root)), None)
-        if root is not None:
-            _check_ca(root, below, now)
+        if _issuer(certificate, roots, below, now) is not None:
             return
-        issuer = next((other for other in others if _issued_by(certificate, other)), None)
+        issuer = _issuer(certificate, others, below, now)
         if issuer is None or below >= _MAX_INTERMEDIATES:
             raise CertificateRefused("the EK certificate does not chain to a pinned vendor root")
-        _check_ca(issuer, below, now)
         others.remove(issuer)
         certificate, below = issuer, below + 1
 
@@ -123,7 +129,7 @@ def _load(data: bytes, what: str) -> x509.Certificate:
         raise CertificateRefused(f"{what} has more than {_MAX_CERTIFICATE} bytes")
     try:
         return x509.load_der_x509_certificate(data)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, x509.InvalidVersion) as error:
         raise CertificateRefused(f"{what} is not a DER certificate") from error
 
 
@@ -143,7 +149,30 @@ def _check_leaf(certificate: x509.Certificate, ek: Public, now: datetime.datetim
     uses = _extension(certificate, x509.ExtendedKeyUsage)
     if uses is None or EK_OID not in uses or PLATFORM_OID in uses:
         raise CertificateRefused("the certificate is not one for an EK (extended key usage 2.23.133.8.1)")
+    _check_critical(certificate)
     _check_validity(certificate, now)
+
+
+def _issuer(
+    certificate: x509.Certificate, candidates: Sequence[x509.Certificate], below: int, now: datetime.datetime
+) -> x509.Certificate | None:
+    """The CA that signed, if it is among these; one that was renewed with its key may be there twice.
+
+    Raises:
+        CertificateRefused: it is there, and in none of its certificates it may sign this one.
+    """
+    refusal = None
+    for candidate in candidates:
+        if _issued_by(certificate, candidate):
+            try:
+                _check_ca(candidate, below, now)
+            except CertificateRefused as error:
+                refusal = refusal or error
+            else:
+                return candidate
+    if refusal is not None:
+        raise refusal
+    return None
 
 
 def _check_ca(certificate: x509.Certificate, below: int, now: datetime.datetime) -> None:
@@ -155,7 +184,14 @@ def _check_ca(certificate: x509.Certificate, below: int, now: datetime.datetime)
     usage = _extension(certificate, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
         raise CertificateRefused("a CA in the chain may not sign certificates")
+    _check_critical(certificate)
     _check_validity(certificate, now)
+
+
+def _check_critical(certificate: x509.Certificate) -> None:
+    for extension in _extensions(certificate):
+        if extension.critical and not isinstance(extension.value, _UNDERSTOOD):
+            raise CertificateRefused("a certificate has a critical extension that is not understood")
 
 
 def _check_validity(certificate: x509.Certificate, now: datetime.datetime) -> None:
@@ -173,8 +209,13 @@ def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
     try:
-        return certificate.extensions.get_extension_for_class(kind).value
+        return _extensions(certificate).get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
         return None
-    except ValueError as error:  # a repeated or malformed extension
+
+
+def _extensions(certificate: x509.Certificate) -> x509.Extensions:
+    try:
+        return certificate.extensions
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise CertificateRefused("a certificate has unreadable extensions") from error
