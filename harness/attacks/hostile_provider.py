@@ -29,7 +29,7 @@ from aiohttp import web
 
 from harness import events
 from harness.config import HostileProviderSettings, Listen
-from harness.errors import GuestNotHere, PeerUnreachable
+from harness.errors import NotReady, PeerUnreachable
 from harness.merkle import MerkleTree, leaf_hash
 from harness.messages import (
     VerifierQuery,
@@ -168,7 +168,8 @@ class Lies:
         for guest in listed["guests"] if isinstance(listed, dict) else []:
             if guest["agent_id"] == str(request.agent_id) and guest["vtpm_ek"]:
                 return bytes.fromhex(guest["vtpm_ek"])
-        raise GuestNotHere("the attacker does not know this guest's EK yet")
+        # Not an absent guest: the verifier would give that up after three tries.
+        raise NotReady("the attacker does not know this guest's EK yet")
 
     async def _own_tpm(self) -> Tpm:
         await self._swtpm.start()
