@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from harness import cli
+from harness.lab_plan import TAMPER_CASES
 from tests.support import docs
 
 PACKAGE = docs.ROOT / "harness"
@@ -86,10 +87,22 @@ def test_blocks_and_links_are_read_as_written(tmp_path: Path) -> None:
     assert docs.broken_links(page) == ["#two", "none.md"]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/threat-model.md"])
+def test_the_tamper_tables_list_the_cases_of_the_lab(page: str) -> None:
+    """Each way to cheat that the lab can play is in the table, in its order, and no other."""
+    rows = re.findall(r"^\|.*`([a-z]+-[a-z]+|decoy|replay|strip|reboot)` \|", text_of(page), re.MULTILINE)
+    assert rows == list(TAMPER_CASES)
+
+
+def text_of(page: str) -> str:
+    """Text of a page."""
+    return (docs.ROOT / page).read_text(encoding="utf-8")
+
+
 def test_the_page_about_the_command_line_is_the_generated_one() -> None:
     """`docs/cli.md` is what `python tools/cli_docs.py` prints now."""
     tool = runpy.run_path(str(docs.ROOT / "tools" / "cli_docs.py"))
-    assert (docs.ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == tool["page"]()
+    assert text_of("docs/cli.md") == tool["page"]()
 
 
 @pytest.mark.parametrize("name", docs.code_names(docs.ROOT / "docs" / "request-flow.md"))
