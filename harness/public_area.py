@@ -143,12 +143,14 @@ class Public:
 
         Raises:
             MalformedMessage: a curve, modulus or exponent that no key of ours can have, a modulus of another length
-                than stated, or a point off its curve.
+                than stated or an even one, or a point off its curve.
         """
         try:
             if self.type is KeyType.RSA:
                 if not self.size_bits == self.modulus.bit_length() == 8 * len(self.unique[0]):
                     raise MalformedMessage(f"the modulus does not have the stated {self.size_bits} bits")
+                if not self.modulus & 1:  # the library takes it, and fails only where the key is used
+                    raise MalformedMessage("the modulus is even")
                 return rsa.RSAPublicNumbers(self.exponent, self.modulus).public_key()
             if self.curve not in _CURVES:
                 raise MalformedMessage(f"curve {self.curve:#06x} is not supported")
