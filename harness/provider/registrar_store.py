@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -81,14 +83,17 @@ class RegistrarStore:
         """Onboards a tenant; repeating it with the same CA changes nothing.
 
         Raises:
-            Conflict: the tenant exists with another CA.
+            Conflict: the tenant exists with another CA, or this CA's key is another tenant's: a certificate must say
+                whose it is.
         """
+        key = _ca_key(ca_pem)
         async with self._store.begin() as session:
-            row = await session.get(Tenant, name)
-            if row is None:
-                session.add(Tenant(name=name, ca_pem=ca_pem))
-            elif row.ca_pem != ca_pem:
-                raise Conflict(f"tenant {name} exists with another CA; remove it first")
+            for row in list(await session.scalars(select(Tenant))):
+                if row.name == name and row.ca_pem != ca_pem:
+                    raise Conflict(f"tenant {name} exists with another CA; remove it first")
+                if row.name != name and _ca_key(row.ca_pem) == key:
+                    raise Conflict(f"this CA is that of tenant {row.name}")
+            await session.merge(Tenant(name=name, ca_pem=ca_pem))
 
     async def remove_tenant(self, name: str) -> None:
         """Removes a tenant and its allowlists.
@@ -214,15 +219,6 @@ class RegistrarStore:
             rows = await session.scalars(select(Guest).order_by(Guest.tenant, Guest.name))
             return [_shown(row) for row in rows]
 
-    async def registered_guest(self, agent_id: AgentId) -> dict[str, Any]:
-        """One guest.
-
-        Raises:
-            NotFound: no such guest.
-        """
-        async with self._store.begin() as session:
-            return _shown(await _guest(session, agent_id))
-
     async def check_owner(self, agent_id: AgentId, tenant: str) -> None:
         """Checks whose a guest is.
 
@@ -274,6 +270,11 @@ async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, co
     if other is not None:
         raise CloneSuspected("the EK or AK belongs to another guest")
     return row
+
+
+def _ca_key(pem: str) -> bytes:
+    key = x509.load_pem_x509_certificate(pem.encode()).public_key()
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 async def _tenant(session: AsyncSession, name: str) -> Tenant:

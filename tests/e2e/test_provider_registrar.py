@@ -179,6 +179,8 @@ async def test_a_tenant_is_not_taken_over_by_another_authority(site: Site) -> No
     """It must be removed first; so must its guests."""
     with pytest.raises(Conflict, match="another CA"):
         await site.operator.add_tenant("alice", site.pki.pem("bob"))
+    with pytest.raises(Conflict, match="that of tenant bob"):
+        await site.operator.add_tenant("carol", site.pki.pem("bob"))
     with pytest.raises(Conflict, match="has guests"):
         await site.operator.remove_tenant("alice")
     for agent_id in (GUEST, OTHER):
