@@ -76,7 +76,7 @@ async def manufacture(
             command += ["--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--vmid", create_certs.vmid]
         # swtpm_setup keeps its tool's words to itself unless there is a log that both write to.
         log = building / "swtpm_setup.log"
-        await _run([*command, "--logfile", str(log)], log)
+        await _run([*command, "--logfile", str(log)], log, scratch=building)
         config.unlink()
         log.unlink(missing_ok=True)
         building.rename(state_dir)
@@ -103,10 +103,16 @@ def _config(create_certs: CreateCerts | None) -> str:
     )
 
 
-async def _run(command: Sequence[str], log: Path) -> None:
-    # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up.
+async def _run(command: Sequence[str], log: Path, *, scratch: Path) -> None:
+    # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up. So must its
+    # folder for certificates, which it removes only when it ends by itself.
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
+        *command,
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=STDOUT,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
     try:
         async with asyncio.timeout(_SETUP_S):
