@@ -199,6 +199,7 @@ class Lab:
         finally:
             for task in starting:
                 task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)  # whose errors are second to the one that ended us
         with self._timed("first_round"):
             pairs = zip(self.plan.guests, started, strict=True)
             return list(await asyncio.gather(*(self._attest(guest, contact) for guest, contact in pairs)))
