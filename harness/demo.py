@@ -70,7 +70,7 @@ def run(options: DemoOptions) -> int:
     """
     honest = plan(tenants=options.tenants, guests=options.guests, chip=options.chip or DEFAULT_CHIP)
     wanted = honest if options.tamper is None else tampered(honest, options.tamper)
-    with _folder(options) as folder:
+    with _folder(options) as folder, _ended_in_order():
         result = asyncio.run(_demo(wanted, folder, options))
         if options.json:
             console.print_json(result.as_json())
@@ -107,6 +107,16 @@ async def _until_interrupted() -> None:
 
 
 @contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does: services are stopped, and the folder with their keys is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _folder(options: DemoOptions) -> Iterator[Path]:
     if options.lab is not None:
         options.lab.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -115,6 +125,9 @@ def _folder(options: DemoOptions) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="hl"))  # short: UNIX socket paths hold 107 bytes
     try:
         yield folder
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)  # ended on purpose: nobody asks what went wrong
+        raise
     except BaseException:
         console.say(f"logs are in {folder}/log")
         raise

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +91,42 @@ def test_options_that_make_no_lab_are_refused_at_once(options: list[str], said: 
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(_DEADLINE_S)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_demo_leaves_neither_files_nor_processes(number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM stop every service, and no folder with keys stays behind."""
+    command = [sys.executable, "-m", "harness", "demo", "--json"]
+    with tempfile.TemporaryDirectory(prefix="h") as name:  # short: UNIX socket paths hold 107 bytes
+        folder = Path(name)
+        environment = {**os.environ, "TMPDIR": name}
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as demo:
+            try:
+                _until_manufacturing(folder, demo)
+                demo.send_signal(number)
+                _, said = demo.communicate(timeout=60)
+            finally:
+                demo.kill()
+        assert (demo.returncode, list(folder.iterdir()), _processes_of(folder)) == (130, [], []), said
+
+
+def _until_manufacturing(folder: Path, demo: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 60
+    while not list(folder.glob("hl*/h/guests/*/.tpm-new")):
+        assert demo.poll() is None
+        assert time.monotonic() < until, "no vTPM is being manufactured"
+        time.sleep(0.01)
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Command lines of processes that were given a path below this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:
+            continue  # it has just ended
+        if os.fsencode(folder) in line:
+            found.append(line.decode(errors="replace"))
+    return found
