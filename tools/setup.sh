@@ -116,6 +116,8 @@ make_venv() {
     "$VENV/bin/python" -m pip install -qq --disable-pip-version-check \
         -c constraints.txt -e '.[tpm,merklelib,dev]' >&2 ||
         fail "pip could not install the harness; its message is above"
+    # An editable install leaves no byte code, and not every environment lets programs write it when they start.
+    "$VENV/bin/python" -m compileall -q harness
     wanted >"$READY"
     say "ready: $("$VENV/bin/python" -V), $VENV/bin/harness"
 }
