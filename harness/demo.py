@@ -18,9 +18,11 @@ from pathlib import Path
 from harness import console
 from harness.demo_options import DemoOptions
 from harness.demo_report import draw
+from harness.errors import ConfigError
 from harness.lab import Lab
 from harness.lab_outcome import GuestOutcome
 from harness.lab_plan import DEFAULT_CHIP, LabPlan, plan, tampered
+from harness.sim.profiles import load_profile
 
 _ACCEPTED, _REFUSED = 0, 1
 
@@ -70,6 +72,7 @@ def run(options: DemoOptions) -> int:
     """
     honest = plan(tenants=options.tenants, guests=options.guests, chip=options.chip or DEFAULT_CHIP)
     wanted = honest if options.tamper is None else tampered(honest, options.tamper)
+    _check_chip(wanted.chip)
     with _folder(options) as folder, _ended_in_order():
         result = asyncio.run(_demo(wanted, folder, options))
         if options.json:
@@ -77,6 +80,13 @@ def run(options: DemoOptions) -> int:
         elif not options.keep:
             draw(result, options.tamper)
     return _ACCEPTED if result.accepted else _REFUSED
+
+
+def _check_chip(chip: str) -> None:
+    try:
+        load_profile(chip)
+    except ConfigError as error:
+        raise ConfigError(f"--chip {chip}: {error.detail}") from error
 
 
 async def _demo(wanted: LabPlan, folder: Path, options: DemoOptions) -> DemoResult:

@@ -81,14 +81,22 @@ def test_a_tampered_lab_is_refused_where_it_must_be(case: str) -> None:
         (["--tenants", "0"], "a lab has 1 to 8 tenants"),
         (["--guests", "1000"], "a tenant has 1 to 64 guests"),
         (["--tamper", "everything"], "not one of host-kernel"),
-        (["--chip", "abacus"], "abacus"),
+        (["--chip", "abacus"], "--chip abacus: "),
     ],
 )
-def test_options_that_make_no_lab_are_refused_at_once(options: list[str], said: str) -> None:
-    """A number out of range, an unknown case or chip ends with code 2 and one sentence."""
+def test_options_that_make_no_lab_are_refused_at_once(tmp_path: Path, options: list[str], said: str) -> None:
+    """A number out of range, an unknown case or chip ends with code 2 and one sentence, before anything is set up."""
     command = [sys.executable, "-m", "harness", "demo", *options]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2, done.stderr
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, []), done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
