@@ -205,9 +205,11 @@ class GuestAgent:
             contact = Contact(
                 ip=settings.public_host, port=_port(server.url), mtls_cert=await asyncio.to_thread(self._certificate)
             )
+            peers = [
+                (url, await stack.enter_async_context(PeerClient(settings.tls, url))) for url in settings.registrars
+            ]
             async with asyncio.TaskGroup() as group:
-                for url in settings.registrars:
-                    peer = await stack.enter_async_context(PeerClient(settings.tls, url))
+                for url, peer in peers:
                     group.create_task(Registration(agent_id, vtpm, contact).run(url, peer))
                 await asyncio.Event().wait()
 

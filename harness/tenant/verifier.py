@@ -158,6 +158,8 @@ class TenantVerifier:
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)
                     await asyncio.Event().wait()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         finally:
             await connections.close()
             await store.close()
