@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from harness.errors import SimulationError
+from harness.private_file import write_private
 from harness.sim.profiles import TpmModel
 from harness.tpm import Tpm
 
@@ -132,8 +133,9 @@ def _create(folder: Path, name: str, now: datetime.datetime) -> None:
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))  # mode 0700
     (building / ROOT_CERTIFICATE).write_bytes(root.public_bytes(pem))
     (building / _ISSUING_CERTIFICATE).write_bytes(issuing.public_bytes(pem))
-    (building / _ISSUING_KEY).write_bytes(
-        issuing_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    write_private(
+        building / _ISSUING_KEY,
+        issuing_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
     )
     try:
         os.rename(building, folder)  # one step: others see no vendor or a whole one

@@ -243,6 +243,7 @@ def test_vendor_is_made_once_and_kept(settings: DeviceSettings) -> None:
     """A vendor's folder is read again; its root's private key is nowhere; a damaged folder is refused."""
     folder = settings.folder / "v"
     first, second = (open_vendor(folder, name="V", now=NOW) for _ in range(2))
+    assert (folder / "issuing.key").stat().st_mode & 0o777 == 0o600
     assert first.root == second.root
     assert first.issuing == second.issuing
     first.issuing.verify_directly_issued_by(first.root)
