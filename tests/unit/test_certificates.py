@@ -359,11 +359,15 @@ def test_a_ca_below_the_ca_key_certifies_no_vtpm() -> None:
 # --- any bytes --------------------------------------------------------------------------------------------------------
 
 HONEST = VTPM.der()
+# How many bits of the signature's last byte are padding: not signed, and the library looks at whole bytes.
+PADDING_AT = len(HONEST) - len(x509.load_der_x509_certificate(HONEST).signature) - 1
 
 
-@given(st.integers(0, len(HONEST) - 1), st.integers(1, 255))
+# The library warns of what it will refuse later (a negative serial number): today that is a byte like any other.
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@given(st.integers(0, len(HONEST) - 1).filter(lambda at: at != PADDING_AT), st.integers(1, 255))
 def test_a_flipped_byte_is_refused(at: int, flip: int) -> None:
-    """Anywhere, also in the signature; nothing but CertificateRefused is raised."""
+    """Anywhere in what is signed, and in the signature; nothing but CertificateRefused is raised."""
     spoilt = bytearray(HONEST)
     spoilt[at] ^= flip
     with pytest.raises(CertificateRefused):
