@@ -51,7 +51,11 @@ def test_every_error_has_its_status(error: HarnessError, status: int, wait_s: fl
     assert failure(error) == {"code": status, "status": error.detail, "results": {"error": type(error).__name__}}
 
 
-TRAVELS = ["BatchFailed", "GuestNotHere", "NotFound", "Conflict", "KeyChanged", "PoolFull", "ShuttingDown", "NotReady"]
+TRAVELS = {
+    "PoolFull", "ShareExhausted", "ShuttingDown", "NotReady", "BatchFailed", "NotYourGuest", "GuestNotHere", "NotFound",
+    "SelectionNotAllowed", "AccessDenied", "Conflict", "UnacceptableKey", "CertificateRefused", "ChallengeFailed",
+    "KeyChanged", "CloneSuspected",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [error for error, _, _ in STATUSES if type(error).__name__ in TRAVELS], ids=repr)
@@ -62,6 +66,31 @@ def test_a_named_refusal_is_the_same_on_the_other_side(error: HarnessError) -> N
     assert type(back) is type(error)
     assert back.detail == error.detail
     assert retry_after_s(back) == wait_s
+
+
+@pytest.mark.parametrize("error", [error for error, _, _ in STATUSES if type(error).__name__ not in TRAVELS], ids=repr)
+def test_any_other_error_is_told_by_its_status_only(error: HarnessError) -> None:
+    """What is wrong inside of a peer is no error of ours by that name; when to come again is kept."""
+    status, wait_s = status_of(error), retry_after_s(error)
+    back = error_from_response(status, failure(error), None if wait_s is None else str(wait_s))
+    later = errors.PeerUnreachable if wait_s is None else errors.NotReady
+    assert type(back) is (later if status >= 500 else errors.PeerRefusedUs)
+    assert retry_after_s(back) == wait_s
+
+
+KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, HarnessError)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
+def test_every_class_of_error_has_a_status(kind: type[HarnessError]) -> None:
+    """One of the table's, or 500 for what has no place on the wire; no new class falls out of it."""
+    error = kind.__new__(kind)
+    error.detail = "x"
+    family = (errors.AppraisalError, errors.ConfigError, errors.SimulationError)
+    if kind is HarnessError or issubclass(kind, family):
+        assert status_of(error) == 500
+    else:
+        assert status_of(error) in {400, 403, 404, 409, 413, 502, 503, 504}
 
 
 def test_a_failed_challenge_stays_without_detail() -> None:
