@@ -85,6 +85,13 @@ def put32(offset: int, value: int) -> Callable[[bytearray], object]:
     return lambda data: struct.pack_into("<I", data, offset, value)
 
 
+def twenty_five_lists(data: bytearray) -> None:
+    """More lists than PCRs, all there and all empty."""
+    struct.pack_into("<I", data, 0, 0)
+    struct.pack_into("<I", data, LISTS, 25)
+    data[LISTS + 4 :] = bytes(25 * 532)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -109,6 +116,7 @@ def put32(offset: int, value: int) -> Callable[[bytearray], object]:
         pytest.param(blob(put32(LISTS, 2)), id="more-lists-than-sent"),
         pytest.param(blob(put32(LISTS, 0)), id="no-lists"),
         pytest.param(blob(put32(LISTS, 0xFFFFFFFF)), id="lists-beyond-reason"),
+        pytest.param(blob(twenty_five_lists), id="25-lists"),
         pytest.param(blob(put32(LISTS + 4, 9)), id="nine-values-in-a-list"),
         pytest.param(blob(put32(LISTS + 4, 2)), id="fewer-values-than-selected"),
         pytest.param(blob(lambda data: struct.pack_into("<H", data, 4, 4)), id="sha1-bank"),

@@ -117,3 +117,10 @@ def test_a_certification_names_its_nonce_and_key() -> None:
 def test_the_requester_is_the_digest_of_the_public_key() -> None:
     """Taken from the connection's certificate, never sent."""
     assert protocol.requester_of(b"spki") == hashlib.sha256(b"spki").digest()
+
+
+def test_a_length_is_never_cut() -> None:
+    """65,535 bytes have a length of two bytes; one more is an error of ours and not another structure."""
+    assert protocol.tpm2b(bytes(0xFFFF))[:3] == b"\xff\xff\x00"
+    with pytest.raises(ValueError, match="do not fit"):
+        protocol.tpm2b(bytes(0x10000))
