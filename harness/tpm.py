@@ -128,11 +128,13 @@ class Tpm:
         """TPM2_Shutdown(CLEAR or STATE): what an orderly power-off does first."""
         await self._run(lambda tpm: tpm.do("shutdown", tss.TPM2_SU.CLEAR if clear else tss.TPM2_SU.STATE))
 
-    async def clear(self) -> None:
-        """TPM2_Clear by the lockout hierarchy with an empty password: every key of the owner is gone."""
+    async def clear(self, *, by_platform: bool = False) -> None:
+        """TPM2_Clear by the lockout (or platform) hierarchy with an empty password: all of the owner's is gone."""
 
         def call(tpm: Connection) -> None:
-            tpm.do("clear", ESYS_TR.LOCKOUT)
+            if by_platform:
+                tpm.do("clear_control", ESYS_TR.PLATFORM, False)  # the owner may have forbidden it
+            tpm.do("clear", ESYS_TR.PLATFORM if by_platform else ESYS_TR.LOCKOUT)
             tpm.forget()
 
         await self._run(call)

@@ -24,10 +24,11 @@ from harness.attest import Public
 from harness.config import HostAgentSettings
 from harness.errors import ConfigError, GuestNotHere, NotReady
 from harness.provider import scratch
-from harness.provider.guests import GuestCache, GuestResidency, SocketGuestSource
+from harness.provider.guests import GuestCache, SocketGuestSource
 from harness.provider.journal import Journal
 from harness.provider.keys import HostKeys
 from harness.provider.local_socket import LocalSocket
+from harness.provider.residency import GuestResidency
 from harness.provider.tables import HOST_SCHEMA, HostBase
 from harness.provider.vtpm_ca import VtpmCa
 from harness.store import open_store

@@ -1,16 +1,14 @@
-"""Which guests run on this host, and with which vTPM: the residency that a batch is sealed with.
+"""The domains of this host, as the guest manager (libvirt, or the lab's for process guests) reports them.
 
-The guest manager (libvirt, or the lab's for process guests) reports every change of a domain; the host agent keeps a
-cache of it and never asks at sealing. At each start, before the guest runs, it reads the EK from a copy of the vTPM's
-state: the running vTPM belongs to the guest, and the state could have been exchanged since its manufacture.
+The guest manager reports every change of a domain; the host agent keeps a cache of it and never asks, neither at
+sealing nor when it issues a certificate.
 
 Invariants:
-    1. A guest runs here when its domain is defined, persistent, running, not paused, not migrating, and the EK that was
-       read at its last start is the journal's.
-    2. While the cache is not complete nothing is said about any guest: NotReady, not GuestNotHere.
-    3. Nothing here waits for the guest manager but the task that follows it.
+    1. While the cache is not complete nothing is said about any guest: NotReady, not GuestNotHere.
+    2. Nothing here waits for the guest manager but the task that follows it.
+    3. A domain that was seen off is in another run from then on, whether or not its next start was seen.
 
-Owner: `GuestCache.follow` changes the domains; `GuestResidency.starting` and the CA change the EKs.
+Owner: `GuestCache.follow` changes the domains.
 
 Spec: DESIGN 3.1 (runs here), 3.6.
 """
@@ -18,9 +16,9 @@ Spec: DESIGN 3.1 (runs here), 3.6.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import random
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,13 +26,15 @@ from typing import Protocol
 from harness import events
 from harness.errors import GuestNotHere, MalformedMessage, NotReady, PeerUnreachable
 from harness.messages import parse_json
-from harness.provider.journal import Journal
 from harness.values import AgentId, parse_agent_id
 
 _LINE_LIMIT = 1 << 20
 _CONNECT_S = 5.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
-RUNNING, SHUTOFF = "running", "shutoff"
+_SETTLE_S = 5.0
+RUNNING, STARTING, SHUTOFF = "running", "starting", "shutoff"
+_ALIVE = frozenset({RUNNING, "paused", "migrating"})
+"""States of one and the same run; a guest in any other one (crashed, ...) runs again only after a new start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +117,15 @@ class GuestCache:
     Args:
         source: of the reports.
         rng: jitter of the pauses between two connections.
+        settle_s: seconds that a report may come later than a question about it.
     """
 
-    def __init__(self, source: GuestSource, *, rng: random.Random | None = None) -> None:
+    def __init__(self, source: GuestSource, *, rng: random.Random | None = None, settle_s: float = _SETTLE_S) -> None:
         self._source = source
+        self._settle_s = settle_s
         self._rng = rng or random.SystemRandom()
         self._domains: dict[AgentId, Domain] | None = None
+        self._runs: dict[AgentId, int] = {}
         self._changed = asyncio.Event()
 
     async def follow(self) -> None:
@@ -147,18 +150,48 @@ class GuestCache:
             self._domains = None
 
     def _take(self, report: Mapping[AgentId, Domain] | tuple[AgentId, Domain | None]) -> None:
+        before = self._domains
         if isinstance(report, tuple):
             agent_id, domain = report
-            if self._domains is None:
+            if before is None:
                 raise PeerUnreachable("the guest manager reported a change before the list")
-            if domain is None:
-                self._domains.pop(agent_id, None)
-            else:
-                self._domains[agent_id] = domain
+            self._domains = {**before, agent_id: domain} if domain is not None else _without(before, agent_id)
+            touched = {agent_id}
         else:
             self._domains = dict(report)
+            touched = report.keys() | (before or {}).keys()
+        for agent_id in touched:
+            old = before.get(agent_id) if before is not None else None
+            if _ends_run(old, self._domains.get(agent_id), known=before is not None):
+                self._runs[agent_id] = self.run_of(agent_id) + 1
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def run_of(self, agent_id: AgentId) -> int:
+        """Number of a guest's present or next run, from 0; whatever was found out in another run is out of date."""
+        return self._runs.get(agent_id, 0)
+
+    async def off(self, agent_id: AgentId) -> int:
+        """Number of the next run of a guest that is defined and does not run; waits for it, a few seconds at most.
+
+        Raises:
+            NotReady: the cache is not complete.
+            GuestNotHere: not defined here, or it runs.
+
+        *Cancellation:* nothing has changed.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settle_s):
+                while not self._is_off(agent_id):  # the report is on another connection than the question
+                    await self._changed.wait()
+        if not self._is_off(agent_id):
+            self.domains()
+            raise GuestNotHere(f"domain {agent_id} is not defined on this host, or runs already")
+        return self.run_of(agent_id)
+
+    def _is_off(self, agent_id: AgentId) -> bool:
+        domain = (self._domains or {}).get(agent_id)
+        return domain is not None and domain.state not in _ALIVE
 
     async def changed(self) -> None:
         """Waits for the next report; no deadline, for a task that passes them on.
@@ -195,86 +228,24 @@ class GuestCache:
         domain = self.domain(agent_id)
         if domain is None:
             raise GuestNotHere(f"domain {agent_id} is not defined on this host")
-        if not domain.persistent or domain.state not in {SHUTOFF, "starting"}:
+        if not domain.persistent or domain.state not in {SHUTOFF, STARTING}:
             raise GuestNotHere(f"domain {agent_id} is transient or runs already: no vTPM is manufactured for it")
 
 
-class EkReader(Protocol):
-    """Reads a vTPM's EK from its state; `scratch.read_ek` runs a scratch swtpm on a copy."""
-
-    async def __call__(self, state_dir: Path) -> bytes:
-        """SHA-256 of the SubjectPublicKeyInfo of the RSA-2048 EK, template L-1."""
-
-
-class GuestResidency:
-    """Says with which vTPM a guest runs here; the batcher asks it once per batch.
+def _ends_run(old: Domain | None, new: Domain | None, *, known: bool) -> bool:
+    """Whether what was read before a guest's start does not hold after this report.
 
     Args:
-        cache: domains.
-        journal: certified EKs.
-        read_ek: reads the EK of a state.
+        old: the last report; None when there is none.
+        new: this report; None when the domain is gone.
+        known: whether ``old`` is complete: without a last report the domain was not there.
     """
+    if new is None or old is None:
+        return known or (new is not None and new.state not in _ALIVE | {STARTING})
+    if new.state in _ALIVE or new.state == old.state:
+        return False  # the end of the run before was seen already
+    return new.state != STARTING or old.state in _ALIVE
 
-    def __init__(self, cache: GuestCache, journal: Journal, read_ek: EkReader) -> None:
-        self._cache = cache
-        self._journal = journal
-        self._read_ek = read_ek
 
-    async def check(self, agent_ids: Collection[AgentId]) -> Mapping[AgentId, bytes | GuestNotHere | NotReady]:
-        """For each guest the SHA-256 of its vTPM EK's SubjectPublicKeyInfo, or why it gets no leaf.
-
-        *Cancellation:* nothing has changed.
-        """
-        certified, seen = await self._journal.rsa_eks(), await self._journal.seen()
-        return {agent_id: self._one(agent_id, certified.get(agent_id), seen.get(agent_id)) for agent_id in agent_ids}
-
-    def _one(self, agent_id: AgentId, certified: bytes | None, seen: bytes | None) -> bytes | GuestNotHere | NotReady:
-        try:
-            domain = self._cache.domain(agent_id)
-        except NotReady as error:
-            return error
-        if domain is None or not domain.persistent or domain.state != RUNNING:
-            return GuestNotHere("this guest does not run on this host now")
-        if certified is None or seen is None or certified != seen:
-            return GuestNotHere("the vTPM that runs under this UUID is not the one that this host certified")
-        return certified
-
-    async def starting(self, agent_id: AgentId, state_dir: Path) -> bool:
-        """Reads the EK of a guest that is about to start, from a copy of its vTPM's state.
-
-        Args:
-            agent_id: the guest.
-            state_dir: where its vTPM's state is.
-
-        Returns:
-            Whether it is the EK that this host certified. A guest with another one may run; it is not resident.
-
-        Raises:
-            MalformedMessage: there is no vTPM state.
-            SimulationError, TpmError: the state cannot be read.
-
-        *Cancellation:* the record of the last start stays.
-        """
-        state = state_dir / "tpm2-00.permall"
-        try:
-            status = await asyncio.to_thread(os.stat, state)
-        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-            raise MalformedMessage(f"{state}: no vTPM state: {error}") from error
-        digest = await self._read_ek(state_dir)
-        await self._journal.saw(agent_id, state, status, digest)
-        certified = (await self._journal.rsa_eks()).get(agent_id)
-        if certified != digest:
-            events.emit("foreign_vtpm", level="warning", agent_id=str(agent_id))
-        return certified == digest
-
-    async def report(self) -> list[dict[str, str]]:
-        """State and EK of every domain, for the provider's registrar.
-
-        Raises:
-            NotReady: the cache is not complete.
-        """
-        seen = await self._journal.seen()
-        return [
-            {"agent_id": str(agent_id), "state": domain.state, "vtpm_ek": seen.get(agent_id, b"").hex()}
-            for agent_id, domain in self._cache.domains().items()
-        ]
+def _without(domains: Mapping[AgentId, Domain], agent_id: AgentId) -> dict[AgentId, Domain]:
+    return {other: domain for other, domain in domains.items() if other != agent_id}

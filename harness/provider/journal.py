@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from harness.errors import CloneSuspected, Conflict, NotFound
 from harness.provider.tables import IssuedCertificate, SeenVtpm
@@ -127,6 +127,14 @@ class Journal:
                     seen_at=self._now(),
                 )
             )
+
+    async def unsee(self, agent_id: AgentId) -> None:
+        """Forgets the EK that a guest last ran with: another start is on its way.
+
+        *Cancellation:* forgotten or not.
+        """
+        async with self._store.begin() as session:
+            await session.execute(delete(SeenVtpm).where(SeenVtpm.agent_id == str(agent_id)))
 
     async def seen(self) -> dict[AgentId, bytes]:
         """EK that each guest last ran with."""

@@ -27,8 +27,8 @@ from pathlib import Path
 from harness import events
 from harness.errors import AccessDenied, DeadlineExceeded, HarnessError, MalformedMessage
 from harness.messages import parse_json
-from harness.provider.guests import GuestResidency
 from harness.provider.journal import Journal
+from harness.provider.residency import GuestResidency
 from harness.provider.vtpm_ca import VtpmCa, parse_issue_request
 from harness.unix_server import UnixServer
 from harness.values import parse_agent_id

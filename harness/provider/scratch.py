@@ -1,7 +1,9 @@
 """Reads a vTPM's EK from a copy of its state, in a scratch swtpm that lives for one command.
 
 The EK is created again from the endorsement seed: the persistent object that swtpm_setup left is only a copy of a
-public area, and whoever can write the state file can exchange it.
+public area, and whoever can write the state file can exchange it. Passwords that the guest gave its hierarchies are
+cleared first, in the copy: the endorsement seed survives TPM2_Clear, and a guest's own passwords are no reason to keep
+it from starting.
 
 Invariants:
     1. The state itself is only read.
@@ -51,6 +53,7 @@ async def read_ek(state_dir: Path) -> bytes:
                 await swtpm.start()
                 async with await Tpm.open(swtpm.tcti, timeout_s=_DEADLINE_S) as tpm:
                     await tpm.startup()
+                    await tpm.clear(by_platform=True)
                     return await _digest(tpm)
         except TimeoutError as error:
             raise DeviceUnavailable(f"the EK was not read within {_DEADLINE_S:g} s") from error

@@ -154,14 +154,55 @@ async def test_a_decoy_under_a_certified_guests_uuid_is_not_resident(host: VtpmH
     state = await made(host)
     decoy = host.folder / "decoy"
     await manufacture(decoy)
-    await host.report(domain(GUEST, "running"))
     answer = await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(decoy))
     assert answer == {"resident": False}
+    await host.report(domain(GUEST, "running"))
     found = (await host.residency.check({GUEST}))[GUEST]
     assert isinstance(found, GuestNotHere)
     assert "certified" in found.detail
+    await host.report(domain(GUEST))
     assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state)) == {"resident": True}
+    await host.report(domain(GUEST, "running"))
     assert isinstance((await host.residency.check({GUEST}))[GUEST], bytes)
+
+
+async def test_a_running_decoy_is_not_mended_by_showing_the_genuine_state(host: VtpmHost) -> None:
+    """Whoever may use the local socket: the EK of a guest that runs is not read again."""
+    state = await made(host)
+    decoy = host.folder / "decoy"
+    await manufacture(decoy)
+    await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(decoy))
+    await host.report(domain(GUEST, "running"))
+    with pytest.raises(LocalRefusal, match="runs already") as refused:
+        await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state))
+    assert refused.value.error == "GuestNotHere"
+    assert isinstance((await host.residency.check({GUEST}))[GUEST], GuestNotHere)
+
+
+def lock(tcti: str) -> None:
+    """What a guest may do to its own TPM."""
+    from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU  # type: ignore[import-untyped]
+
+    with ESAPI(tcti) as tpm:
+        tpm.startup(TPM2_SU.CLEAR)
+        tpm.clear_control(ESYS_TR.LOCKOUT, True)
+        tpm.hierarchy_change_auth(ESYS_TR.ENDORSEMENT, b"own")
+        tpm.hierarchy_change_auth(ESYS_TR.LOCKOUT, b"own")
+        tpm.shutdown(TPM2_SU.CLEAR)
+
+
+async def test_a_guest_that_locked_its_tpm_starts_again(host: VtpmHost) -> None:
+    """Passwords of its own on the endorsement and lockout hierarchies, and TPM2_Clear forbidden: its EK is read."""
+    state = await made(host)
+    before = await scratch.read_ek(state)
+    swtpm = SwtpmProcess(state, host.folder / "own", host.folder / "own.log")
+    await swtpm.start()
+    try:
+        await asyncio.to_thread(lock, swtpm.tcti)
+    finally:
+        await swtpm.stop()
+    assert await scratch.read_ek(state) == before
+    assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state)) == {"resident": True}
 
 
 async def test_another_guests_vtpm_is_a_decoy_too(host: VtpmHost) -> None:
@@ -260,6 +301,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES)
 async def test_a_bad_line_gets_one_named_refusal_and_the_connection_goes_on(host: VtpmHost, line: bytes) -> None:
     """No answer is left out, so a caller never waits for its deadline."""
+    await host.report(domain(GUEST))
     first, second = await exchange(host.socket, line, b'{"op": "?"}')
     assert isinstance(first, dict)
     assert isinstance(second, dict)
@@ -268,7 +310,7 @@ async def test_a_bad_line_gets_one_named_refusal_and_the_connection_goes_on(host
 
 
 async def test_a_state_that_is_no_vtpm_is_a_clear_error(host: VtpmHost) -> None:
-    """swtpm does not start on it; the record of the last start stays."""
+    """swtpm does not start on it; the guest has no EK then, not that of its last start."""
     state = await made(host)
     await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state))
     broken = host.folder / "broken"
@@ -277,7 +319,7 @@ async def test_a_state_that_is_no_vtpm_is_a_clear_error(host: VtpmHost) -> None:
     with pytest.raises(LocalRefusal) as refused:
         await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(broken))
     assert refused.value.error in {"SimulatorCrashed", "DeviceFault", "DeviceUnavailable"}
-    assert await host.journal.seen() == {GUEST: (await host.journal.rsa_eks())[GUEST]}
+    assert await host.journal.seen() == {}
 
 
 async def test_a_state_file_that_is_too_large_is_not_copied(folder: Path) -> None:

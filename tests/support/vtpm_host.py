@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from harness.attest import Public
 from harness.errors import HarnessError, PeerUnreachable
 from harness.provider import localca, scratch
-from harness.provider.guests import Domain, GuestCache, GuestResidency
+from harness.provider.guests import Domain, GuestCache
 from harness.provider.journal import Journal
 from harness.provider.local_socket import LocalSocket
+from harness.provider.residency import GuestResidency
 from harness.provider.tables import HOST_SCHEMA, HostBase
 from harness.provider.vtpm_ca import Sign, VtpmCa
 from harness.sim.swtpm import CreateCerts
@@ -119,7 +120,7 @@ async def vtpm_host(
     url = f"sqlite+aiosqlite:///{folder / 'agent.db'}"
     store = await open_store(url, HostBase.metadata, component="host-agent", version=HOST_SCHEMA)
     guests = ScriptedGuests()
-    cache, journal = GuestCache(guests), Journal(store)
+    cache, journal = GuestCache(guests, settle_s=0.5), Journal(store)
     residency = GuestResidency(cache, journal, scratch.read_ek)
     vtpm_ca = VtpmCa(ca, sign, journal, cache, host="host-1")
     uids = {os.getuid()} if peer_uids is None else peer_uids

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from harness.errors import GuestNotHere, MalformedMessage, NotReady, PeerUnreachable
-from harness.provider.guests import Domain, GuestCache, GuestResidency
+from harness.provider.guests import Domain, GuestCache
 from harness.provider.journal import RSA_EK, Journal
+from harness.provider.residency import GuestResidency
 from harness.provider.tables import HOST_SCHEMA, HostBase
 from harness.store import open_store
 from tests.support.batching import WAIT_S
@@ -28,9 +29,9 @@ FILE = os.stat_result((0o600, 7, 8, 1, 0, 0, 0, 0, 0, 0))
 class Followed:
     """A cache that follows a script."""
 
-    def __init__(self, guests: ScriptedGuests) -> None:
+    def __init__(self, guests: ScriptedGuests, settle_s: float) -> None:
         self.guests = guests
-        self.cache = GuestCache(guests, rng=random.Random(1))
+        self.cache = GuestCache(guests, rng=random.Random(1), settle_s=settle_s)
 
     async def say(self, *domains: Domain) -> None:
         await self._took(lambda: self.guests.say({entry.agent_id: entry for entry in domains}))
@@ -46,8 +47,8 @@ class Followed:
 
 
 @asynccontextmanager
-async def followed() -> AsyncIterator[Followed]:
-    made = Followed(ScriptedGuests())
+async def followed(settle_s: float = 0.0) -> AsyncIterator[Followed]:
+    made = Followed(ScriptedGuests(), settle_s)
     task = asyncio.create_task(made.cache.follow())
     try:
         yield made
@@ -158,6 +159,81 @@ async def test_no_vtpm_is_made_for_a_transient_or_unknown_domain() -> None:
                 host.cache.check_manufacturing(agent_id)
 
 
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "runs"),
+    [
+        (["running"], 0),  # it ran before we looked
+        (["running", "paused", "migrating", "running"], 0),
+        (["starting", "running"], 0),
+        (["shutoff"], 1),
+        (["shutoff", "starting", "running"], 1),
+        (["shutoff", "running"], 1),  # libvirt knows no state "starting"
+        (["shutoff", "shutoff"], 1),
+        (["running", "shutoff", "running"], 1),
+        (["running", "shutoff", "starting", "running"], 1),
+        (["running", "starting", "running"], 1),
+        (["running", "crashed", "running"], 1),
+        (["starting", "shutoff", "running"], 1),  # a start that failed
+        (["running", "gone", "running"], 2),
+        (["running", "gone", "shutoff", "starting", "running"], 2),
+        (["shutoff", "gone", "gone", "shutoff"], 4),
+    ],
+)
+@pytest.mark.parametrize("as_lists", [False, True])
+async def test_a_domain_that_was_off_is_in_another_run(states: list[str], runs: int, as_lists: bool) -> None:
+    """Whether it is reported as a change or with a whole list: what was read before an earlier start is out of date."""
+    async with followed() as host:
+        await host.say(domain(GUEST, states[0]))
+        for state in states[1:]:
+            if as_lists:
+                await host.say(*[] if state == "gone" else [domain(GUEST, state)])
+            else:
+                await host.change(domain(GUEST, state), gone=state == "gone")
+        if not (as_lists and states.count("gone") > 1):  # absent from two lists is no second disappearance
+            assert host.cache.run_of(GUEST) == runs
+        assert host.cache.run_of(OTHER) == 0
+
+
+async def test_a_run_goes_on_over_a_lost_connection() -> None:
+    """A guest that runs before and after is taken for the same; one that is off afterwards is not."""
+    async with followed() as host:
+        await host.say(domain(GUEST, "running"), domain(OTHER, "running"))
+        host.guests.break_off()
+        await host.say(domain(GUEST, "running"), domain(OTHER))
+        assert (host.cache.run_of(GUEST), host.cache.run_of(OTHER)) == (0, 1)
+
+
+async def test_who_asks_for_a_domain_that_is_off_waits_for_the_report() -> None:
+    """The question can overtake it: it comes on another connection."""
+    async with followed(settle_s=WAIT_S) as host:
+        asked = asyncio.create_task(host.cache.off(GUEST))
+        await host.say()
+        await host.change(domain(GUEST, "running"))
+        assert not asked.done()
+        await host.change(domain(GUEST))
+        async with asyncio.timeout(WAIT_S):
+            assert await asked == host.cache.run_of(GUEST)
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "migrating", None])
+async def test_a_domain_that_runs_or_is_not_defined_is_not_off(state: str | None) -> None:
+    """The wait has an end."""
+    async with followed() as host:
+        await host.say(*[] if state is None else [domain(GUEST, state)])
+        with pytest.raises(GuestNotHere):
+            await host.cache.off(GUEST)
+
+
+async def test_without_a_report_it_is_not_known_what_is_off() -> None:
+    """NotReady: the caller may try again."""
+    async with followed() as host:
+        with pytest.raises(NotReady):
+            await host.cache.off(GUEST)
+
+
 # --- residency ------------------------------------------------------------------------------------------------
 
 
@@ -170,10 +246,21 @@ class Resident:
         self.ek = KEY
         self.residency = GuestResidency(host.cache, journal, self._read)
         self.read: list[Path] = []
+        self.meanwhile: Callable[[], Awaitable[None]] | None = None
 
     async def _read(self, state_dir: Path) -> bytes:
         self.read.append(state_dir)
+        if self.meanwhile is not None:
+            await self.meanwhile()
         return self.ek
+
+    async def starts(self, state_dir: Path) -> bool:
+        """The guest is stopped and started in order."""
+        (state_dir / "tpm2-00.permall").write_bytes(b"state")
+        await self.host.change(domain(GUEST))
+        genuine = await self.residency.starting(GUEST, state_dir)
+        await self.host.change(domain(GUEST, "running"))
+        return genuine
 
     async def found(self) -> object:
         return (await self.residency.check({GUEST}))[GUEST]
@@ -197,13 +284,49 @@ async def test_a_running_guest_with_its_certified_vtpm_is_here(resident: Residen
     assert await resident.found() == KEY
 
 
-@pytest.mark.parametrize("state", ["shutoff", "starting", "paused", "migrating", "crashed", "RUNNING", ""])
-async def test_a_guest_in_any_other_state_is_not_here(resident: Resident, state: str) -> None:
-    """Paused and migrating ones are not attested: who runs them next is open."""
+@pytest.mark.parametrize("state", ["paused", "migrating"])
+async def test_a_guest_that_is_held_is_not_here_until_it_goes_on(resident: Resident, state: str) -> None:
+    """Who runs it next is open; it is the same run afterwards."""
     await resident.host.change(domain(GUEST, state))
     assert isinstance(await resident.found(), GuestNotHere)
     await resident.host.change(domain(GUEST, "running"))
     assert await resident.found() == KEY
+
+
+@pytest.mark.parametrize("state", ["shutoff", "starting", "crashed", "RUNNING", ""])
+async def test_a_guest_that_was_off_is_not_here_until_its_vtpm_was_read_again(
+    resident: Resident, tmp_path: Path, state: str
+) -> None:
+    """A start that nobody told the host agent of: the EK of the last start says nothing about this one."""
+    await resident.host.change(domain(GUEST, state))
+    assert isinstance(await resident.found(), GuestNotHere)
+    await resident.host.change(domain(GUEST, "running"))
+    found = await resident.found()
+    assert isinstance(found, GuestNotHere)
+    assert "nobody has looked" in found.detail
+    await resident.starts(tmp_path)
+    assert await resident.found() == KEY
+
+
+async def test_the_vtpm_of_a_guest_that_runs_is_not_read_again(resident: Resident, tmp_path: Path) -> None:
+    """With a decoy running under its UUID, showing the genuine state does not help."""
+    resident.ek = FOREIGN
+    await resident.starts(tmp_path)
+    resident.ek, resident.read = KEY, []
+    with pytest.raises(GuestNotHere):
+        await resident.residency.starting(GUEST, tmp_path)
+    assert resident.read == []
+    assert isinstance(await resident.found(), GuestNotHere)
+
+
+async def test_a_guest_that_was_started_while_its_vtpm_was_read_is_not_here(resident: Resident, tmp_path: Path) -> None:
+    """What was read is not what runs, perhaps."""
+    await resident.host.change(domain(GUEST))
+    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
+    resident.meanwhile = lambda: resident.host.change(domain(GUEST, "running"))
+    with pytest.raises(GuestNotHere):
+        await resident.residency.starting(GUEST, tmp_path)
+    assert isinstance(await resident.found(), GuestNotHere)
 
 
 async def test_a_transient_domain_is_not_here(resident: Resident) -> None:
@@ -263,36 +386,40 @@ async def test_every_guest_of_a_batch_gets_its_own_answer(resident: Resident) ->
 
 async def test_a_start_is_recorded_whatever_vtpm_it_is(resident: Resident, tmp_path: Path) -> None:
     """The answer says whether it is the certified one; the record decides who is here."""
-    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
     resident.ek = FOREIGN
-    assert not await resident.residency.starting(GUEST, tmp_path)
+    assert not await resident.starts(tmp_path)
     assert isinstance(await resident.found(), GuestNotHere)
     resident.ek = KEY
-    assert await resident.residency.starting(GUEST, tmp_path)
+    assert await resident.starts(tmp_path)
     assert await resident.found() == KEY
     assert resident.read == [tmp_path, tmp_path]
 
 
-async def test_a_start_without_a_state_keeps_the_last_record(resident: Resident, tmp_path: Path) -> None:
-    """Nothing was read, so nothing has changed."""
+async def test_a_start_without_a_state_leaves_no_record(resident: Resident, tmp_path: Path) -> None:
+    """Nothing was read, so nothing is known; the last start is over."""
+    await resident.host.change(domain(GUEST))
     for folder in (tmp_path / "nothing", Path("/\x00")):
         with pytest.raises(MalformedMessage, match="no vTPM state"):
             await resident.residency.starting(GUEST, folder)
     assert resident.read == []
-    assert await resident.found() == KEY
+    await resident.host.change(domain(GUEST, "running"))
+    assert isinstance(await resident.found(), GuestNotHere)
+    assert await resident.journal.seen() == {}
 
 
-async def test_a_start_whose_state_cannot_be_read_keeps_the_last_record(resident: Resident, tmp_path: Path) -> None:
-    """The error is the reader's."""
-    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
+async def test_a_start_whose_state_cannot_be_read_leaves_no_record(resident: Resident, tmp_path: Path) -> None:
+    """The error is the reader's; other guests keep their records."""
+    await resident.journal.saw(OTHER, tmp_path / "tpm2-00.permall", FILE, FOREIGN)
 
-    async def fails(state_dir: Path) -> bytes:
-        raise PeerUnreachable(f"no swtpm for {state_dir}")
+    async def fails() -> None:
+        raise PeerUnreachable("no swtpm")
 
-    residency = GuestResidency(resident.host.cache, resident.journal, fails)
+    resident.meanwhile = fails
     with pytest.raises(PeerUnreachable):
-        await residency.starting(GUEST, tmp_path)
-    assert await resident.found() == KEY
+        await resident.starts(tmp_path)
+    await resident.host.change(domain(GUEST, "running"))
+    assert isinstance(await resident.found(), GuestNotHere)
+    assert await resident.journal.seen() == {OTHER: FOREIGN}
 
 
 async def test_the_report_for_the_registrar_names_every_domain(resident: Resident) -> None:
