@@ -129,10 +129,16 @@ def _ended_in_order() -> Iterator[None]:
 @contextlib.contextmanager
 def _folder(options: DemoOptions) -> Iterator[Path]:
     if options.lab is not None:
-        options.lab.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            options.lab.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"--lab {options.lab}: cannot be made: {error.strerror}") from error
         yield options.lab
         return
-    folder = Path(tempfile.mkdtemp(prefix="hl"))  # short: UNIX socket paths hold 107 bytes
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="hl"))  # short: UNIX socket paths hold 107 bytes
+    except OSError as error:
+        raise ConfigError(f"no temporary folder can be made: {error.strerror}") from error
     try:
         yield folder
     except KeyboardInterrupt:

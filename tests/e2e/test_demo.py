@@ -82,10 +82,11 @@ def test_a_tampered_lab_is_refused_where_it_must_be(case: str) -> None:
         (["--guests", "1000"], "a tenant has 1 to 64 guests"),
         (["--tamper", "everything"], "not one of host-kernel"),
         (["--chip", "abacus"], "--chip abacus: "),
+        (["--lab", "/proc/lab"], "--lab /proc/lab: cannot be made: "),
     ],
 )
 def test_options_that_make_no_lab_are_refused_at_once(tmp_path: Path, options: list[str], said: str) -> None:
-    """A number out of range, an unknown case or chip ends with code 2 and one sentence, before anything is set up."""
+    """A number out of range, an unknown case, chip or folder ends with code 2 and one sentence, before anything is set up."""
     command = [sys.executable, "-m", "harness", "demo", *options]
     done = subprocess.run(
         command,
