@@ -261,7 +261,7 @@ CHAIN_LIES = [
     ),
     pytest.param(Chain(between=line(2)), id="longer-than-the-root-allows"),
     pytest.param(Chain(between=line(9), roots=(OPEN_ROOT,)), id="nine-between"),
-    pytest.param(Chain(between=(ISSUING, *(b"",) * 8)), id="nine-given"),
+    pytest.param(Chain(between=(ISSUING, *(ca("x", "x") for _ in range(8)))), id="nine-given"),
     pytest.param(Chain(between=(b"junk", ISSUING)), id="junk-between"),
     pytest.param(Chain(ek=ek_public(ek_key("other"))), id="certificate-of-another-tpm"),
     pytest.param(Chain(ek=replace(EK, modulus=EK.modulus >> 1)), id="ek-is-no-key"),
