@@ -245,7 +245,8 @@ class Lab:
         until = time.monotonic() + _ROUND_S
         while True:
             view = await operator.attestation(guest.agent_id)
-            if view["state"] not in _PENDING or (view["attestation_count"] and view["payload_released"]):
+            delivered = view["attestation_count"] and view["payload_released"] and view["state"] != "PROVIDE_V"
+            if view["state"] not in _PENDING or delivered:
                 return GuestOutcome.attested(guest, view, await asyncio.to_thread(self._has_payload, guest))
             if time.monotonic() > until:
                 raise DeadlineExceeded(f"no verdict on guest {guest.name} within {_ROUND_S:g} s; it is {view['state']}")

@@ -51,6 +51,7 @@ def test_an_honest_lab_attests_every_guest_with_few_quotes() -> None:
     assert len(shown["guests"]) == 6
     assert {guest["tenant"] for guest in shown["guests"]} == {"alice", "bob"}
     assert all(guest["payload_released"] and guest["error"] is None for guest in shown["guests"])
+    assert "PROVIDE_V" not in {guest["state"] for guest in shown["guests"]}
     assert sum(batch["requests"] for batch in shown["batches"]) >= 6
     assert sum(batch["tpm_quotes"] for batch in shown["batches"]) <= _MOST_QUOTES
     assert shown["timings_s"]["total"] > 0
@@ -86,7 +87,7 @@ def test_a_tampered_lab_is_refused_where_it_must_be(case: str) -> None:
     ],
 )
 def test_options_that_make_no_lab_are_refused_at_once(tmp_path: Path, options: list[str], said: str) -> None:
-    """A number out of range, an unknown case, chip or folder ends with code 2 and one sentence, before anything is set up."""
+    """What cannot be a lab, or has no place, ends with code 2 and one sentence, before anything is set up."""
     command = [sys.executable, "-m", "harness", "demo", *options]
     done = subprocess.run(
         command,
