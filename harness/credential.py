@@ -137,17 +137,16 @@ def check_ek(public: Public) -> None:
     """
     if int(public.attributes) & RESERVED_ATTRIBUTES:
         raise UnacceptableKey("the EK has reserved attribute bits set")
-    # noDA is free: a policy-only key has no authValue that could be guessed.
-    attributes = public.attributes & ~_A.NO_DA
     size = public.size_bits if public.type is KeyType.RSA else public.curve
     for template in _EK_TEMPLATES:
         expected = _EK_ATTRIBUTES | _A.USER_WITH_AUTH if template.with_auth else _EK_ATTRIBUTES
         if (
             (public.type, size, public.name_alg) == (template.type, template.size, template.hash_alg.value)
-            and attributes == expected
+            and public.attributes == expected
             and (public.auth_policy, public.symmetric) == (template.policy, template.symmetric)
             and public.scheme is Scheme.NULL
-            and public.exponent in {0, DEFAULT_EXPONENT}
+            # 65537 written out is the same key under another Name: one EK must not be two
+            and public.stated_exponent == 0
         ):
             _check_usable(public, "EK")
             return

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.config import SiteSettings
-from harness.errors import DeadlineExceeded, EnrolmentError, HarnessError, SimulationError
+from harness.errors import DeadlineExceeded, EnrolmentError, HarnessError, NotFound, SimulationError
 from harness.lab_decoy import Decoy
 from harness.lab_outcome import GuestOutcome, batches_in
 from harness.lab_plan import GuestPlan, LabPlan
@@ -176,8 +176,8 @@ class Lab:
                 await self._tenants[tenant].add_host(self.files.provider_verifier)
                 break
             except HarnessError as error:
-                # The provider verifier learns of a new tenant's authority within a second of the onboarding.
-                if not error.retryable or time.monotonic() > until:
+                # The provider verifier learns of a new tenant and its allowlist within a second of the onboarding.
+                if not (error.retryable or isinstance(error, NotFound)) or time.monotonic() > until:
                     raise
                 await asyncio.sleep(2 * _POLL_S)
         for guest in self.plan.guests:

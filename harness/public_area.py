@@ -111,7 +111,8 @@ class Public:
     """Public area of a key. Made by `parse_public`.
 
     ``scheme_hash`` is None where the scheme has none or one that the protocol does not allow. ``point`` is (x, y) for
-    an ECC key, ``modulus`` the modulus of an RSA key (else 0); ``size_bits`` is keyBits or 0.
+    an ECC key, ``modulus`` the modulus of an RSA key (else 0); ``size_bits`` is keyBits or 0. ``stated_exponent`` is
+    the exponent as it stands there; 0 means 65537.
     """
 
     type: KeyType
@@ -123,6 +124,7 @@ class Public:
     scheme_hash: HashAlg | None
     size_bits: int = 0
     exponent: int = 0
+    stated_exponent: int = 0
     modulus: int = 0
     curve: int = 0
     point: tuple[int, int] = (0, 0)
@@ -232,10 +234,16 @@ def _scheme(reader: Reader, key_type: KeyType) -> tuple[Scheme, HashAlg | None]:
 
 def _rsa_fields(reader: Reader) -> dict[str, object]:
     bits = reader.integer(2, "keyBits")
-    exponent = reader.integer(4, "exponent") or DEFAULT_EXPONENT
+    stated_exponent = reader.integer(4, "exponent")
     modulus = reader.tpm2b("modulus", at_most=_MAX_RSA_BYTES)
     number = int.from_bytes(modulus, "big")
-    return {"size_bits": bits, "exponent": exponent, "modulus": number, "unique": (modulus,)}
+    return {
+        "size_bits": bits,
+        "exponent": stated_exponent or DEFAULT_EXPONENT,
+        "stated_exponent": stated_exponent,
+        "modulus": number,
+        "unique": (modulus,),
+    }
 
 
 def _ecc_fields(reader: Reader) -> dict[str, object]:

@@ -56,11 +56,10 @@ class Journal:
         """
         issued = IssuedCertificate
         async with self._store.begin() as session:
-            # The platform certificate is for the same RSA key as the EK certificate.
+            # For this guest the key may be there: the platform certificate is for the RSA EK too. A released one counts
+            # for all others: its certificate is still valid.
             other = await session.scalar(
-                select(issued.agent_id).where(
-                    issued.spki_digest == spki_digest, issued.released_at.is_(None), issued.agent_id != str(agent_id)
-                )
+                select(issued.agent_id).where(issued.spki_digest == spki_digest, issued.agent_id != str(agent_id))
             )
             if other is not None:
                 raise CloneSuspected(f"this vTPM key is in the journal for guest {other}")

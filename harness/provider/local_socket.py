@@ -5,7 +5,9 @@ One JSON object per line, one line as answer: ``{"op": "issue", "type", "ek", "v
 ``{"op": "release", "agent_id", "reason"}`` with ``{}``; a refusal with ``{"error", "detail"}``.
 
 Invariants:
-    1. Only processes of the users in the settings are listened to; the kernel says who they are (SO_PEERCRED).
+    1. Only processes of the users in the settings are listened to; the kernel says who they are (SO_PEERCRED). Starts
+       and releases are for root and the agent's own user: swtpm's user, which runs the create_certs_tool, may neither
+       say what a guest starts with nor free its own entry in the journal.
     2. A request ends within its deadline, and so does a connection without one.
 
 Owner: the host agent.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
 import struct
 from asyncio import StreamReader, StreamWriter
@@ -85,20 +88,22 @@ class LocalSocket:
             if uid not in self._uids:
                 raise AccessDenied(f"user {uid} may not use the host agent's local socket")
             async with asyncio.timeout(_REQUEST_S):
-                return await self._carry_out(parse_json(line, limit=_LINE_LIMIT))
+                return await self._carry_out(parse_json(line, limit=_LINE_LIMIT), uid)
         except TimeoutError:
             return _refusal(DeadlineExceeded(f"not done within {_REQUEST_S:g} s"))
         except HarnessError as error:
             events.emit("local_refused", level="warning", error=type(error).__name__, detail=error.detail)
             return _refusal(error)
 
-    async def _carry_out(self, request: object) -> Mapping[str, object]:
+    async def _carry_out(self, request: object, uid: int) -> Mapping[str, object]:
         match request:
             case {"op": "issue", **members}:
                 issue = parse_issue_request({str(name): value for name, value in members.items()})
                 certificate = await self._ca.issue(issue)
                 events.emit("issued", agent_id=str(issue.agent_id), kind=issue.kind)
                 return {"certificate": base64.b64encode(certificate).decode()}
+            case {"op": "starting" | "release"} if uid not in {0, os.geteuid()}:
+                raise AccessDenied(f"user {uid} may ask for certificates only")
             case {"op": "starting", "agent_id": str(agent_id), "state_dir": str(state_dir), **rest} if not rest:
                 return {"resident": await self._residency.starting(parse_agent_id(agent_id), Path(state_dir))}
             case {"op": "release", "agent_id": str(agent_id), "reason": str(reason), **rest} if not rest:

@@ -3,7 +3,9 @@
 Invariants:
     1. The keys are one snapshot, taken from the registrar when the agent was added (CVE-2022-1053): never re-read.
     2. Each policy names at least one PCR, and only PCRs that its mask asks for; otherwise there is no plan.
-    3. A plan that needs a provider quote has the host's keys; V is never released under a plan that lacks them.
+    3. A plan that needs a provider quote has the host's keys, and V is not released under it without the host's
+       evidence. A plan without a host (``need_provider_quote`` false) releases V on the guest's evidence alone: the
+       tenant's choice.
 
 Spec: DESIGN 3.5 (9), 3.8.
 """

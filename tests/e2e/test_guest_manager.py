@@ -1,4 +1,7 @@
-"""The guest manager over its real socket: process guests with vTPMs of the real swtpm_setup."""
+"""The guest manager over its real socket: process guests with vTPMs of the real swtpm_setup.
+
+Size: one service, with its host around it.
+"""
 
 from __future__ import annotations
 

@@ -99,16 +99,15 @@ AES128, AES256 = (Symmetric(algorithm=6, key_bits=bits, mode=0x43) for bits in (
 
 @pytest.mark.parametrize("name", EKS)
 def test_an_ek_of_a_tcg_template_is_acceptable(name: str) -> None:
-    """Policies are those that follow from the profile's definitions; noDA is free. Only L-1 enrols."""
+    """Policies are those that follow from the profile's definitions. Only L-1 enrols."""
     check_ek(EKS[name])
-    check_ek(replace(EKS[name], attributes=EKS[name].attributes | A.NO_DA))
     with contextlib.nullcontext() if name == "L-1" else pytest.raises(UnacceptableKey):
         check_ek_rsa2048(EKS[name])
 
 
 EK_LIES: list[tuple[str, dict[str, Any]]] = [
     *((f"without-{flag.name}", {"attributes": L1.attributes & ~flag}) for flag in A if flag & EK_L),
-    *((f"with-{flag.name}", {"attributes": L1.attributes | flag}) for flag in A if not flag & (EK_L | A.NO_DA)),
+    *((f"with-{flag.name}", {"attributes": L1.attributes | flag}) for flag in A if not flag & EK_L),
     *((f"reserved-bit-{bit}", {"attributes": A(int(L1.attributes) | 1 << bit)}) for bit in (0, 3, 8, 12, 20, 31)),
     ("no-policy", {"auth_policy": b""}),
     ("other-policy", {"auth_policy": bytes(32)}),
@@ -120,7 +119,8 @@ EK_LIES: list[tuple[str, dict[str, Any]]] = [
     ("a-scheme", {"scheme": rsa_key().public.scheme}),
     ("other-name-alg", {"name_alg": SHA384}),
     ("sha1-name", {"name_alg": SHA1}),
-    ("other-exponent", {"exponent": 3}),
+    ("other-exponent", {"exponent": 3, "stated_exponent": 3}),
+    ("exponent-written-out", {"stated_exponent": 65537}),
     ("fewer-bits", {"size_bits": 1024}),
     ("bits-of-another-template", {"size_bits": 3072}),
     ("even-modulus", {"modulus": L1.modulus & ~1}),

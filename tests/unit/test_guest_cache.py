@@ -1,4 +1,7 @@
-"""Which guests run here: the cache of domains from reports, and the residency that a batch is sealed with."""
+"""Which guests run here: the cache of domains from reports, and the residency that a batch is sealed with.
+
+Size: one cache and every report about it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keylime's registration protocol as both registrars speak it: bodies, key checks, challenges."""
+"""Keylime's registration protocol as both registrars speak it: bodies, key checks, challenges.
+
+Size: one table of bodies and its builders.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A session against an honest and a failing wire: the table of DESIGN 3.8, the baseline rules, deadlines, and V."""
+"""A session against an honest and a failing wire: the table of DESIGN 3.8, the baseline rules, deadlines, and V.
+
+Size: every row of the transition table, on one wire.
+"""
 
 from __future__ import annotations
 
