@@ -130,7 +130,7 @@ def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bo
 def _role_and_name(certificate: x509.Certificate) -> tuple[Role, str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
         raise AccessDenied("the client certificate states no role") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1 or not uris[0].startswith(URN):

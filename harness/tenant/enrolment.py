@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from harness import events
@@ -262,7 +263,7 @@ def check_ca_certificate(der: bytes, ca: Public) -> None:
     try:
         key = x509.load_der_x509_certificate(der).public_key()
         spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise CertificateRefused("the vTPM CA's certificate does not parse") from error
     if spki != ca.spki():
         raise CertificateRefused("the vTPM CA's certificate holds another key than the CA key")
