@@ -273,7 +273,10 @@ async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, co
 
 
 def _ca_key(pem: str) -> bytes:
-    key = x509.load_pem_x509_certificate(pem.encode()).public_key()
+    try:
+        key = x509.load_pem_x509_certificate(pem.encode()).public_key()
+    except ValueError:
+        return pem.encode()  # no certificate: the registrar lets none in, and nobody could show one of its own
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
