@@ -119,11 +119,14 @@ async def _until_interrupted() -> None:
 @contextlib.contextmanager
 def _ended_in_order() -> Iterator[None]:
     """SIGTERM ends the demo as Ctrl-C does: services are stopped, and the folder with their keys is removed."""
+    # A shell that starts us in the background has SIGINT ignored; whoever sends it all the same means it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager
