@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
 import secrets
 import string
 import time
@@ -31,7 +32,7 @@ from typing import Any, cast
 from harness import errors
 from harness.attest import Public, parse_public
 from harness.config import TlsSettings
-from harness.errors import DeadlineExceeded, HarnessError, MalformedMessage, NotFound
+from harness.errors import ConfigError, DeadlineExceeded, HarnessError, MalformedMessage, NotFound
 from harness.keylime_wire import parse_quote
 from harness.peer import PeerClient
 from harness.tenant.agent_request import GUEST_BANK
@@ -146,9 +147,12 @@ class TenantOperator:
         Raises:
             EnrolmentError: the registrar refused it; the registrar's own error.
             DeadlineExceeded: it has not registered in time.
+            ConfigError: a deadline that is none.
 
         *Cancellation:* nothing has changed.
         """
+        if not 0 < deadline_s < math.inf:
+            raise ConfigError(f"a guest is waited for some seconds, not {deadline_s:g}")
         until, wait_s = time.monotonic() + deadline_s, _POLL_S
         while True:
             guest = _object(await self._registrar.get(f"/v1/guests/{agent_id}"))
