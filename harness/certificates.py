@@ -72,15 +72,17 @@ def verify_ek_chain(
     certificate = _load(ek_certificate, "the EK certificate")
     others = [_load(data, "an intermediate certificate") for data in intermediates]
     _check_leaf(certificate, ek, now)
-    below = 0  # CAs between this issuer and the leaf
-    while True:
-        if _issuer(certificate, roots, below, now) is not None:
+    # One level at a time, because a CA may be certified twice (by its old and its new issuer) and only one of these
+    # certificates need lead to a pinned root. The first time a CA is met is the nearest to the leaf, where its path
+    # length allows most: it is never tried again, so that the provider's choice of certificates costs little.
+    level, below, refusals = [certificate], 0, list[CertificateRefused]()
+    while level:
+        if _issuers(level, roots, below, now, refusals):
             return
-        issuer = _issuer(certificate, others, below, now)
-        if issuer is None or below >= _MAX_INTERMEDIATES:
-            raise CertificateRefused("the EK certificate does not chain to a pinned vendor root")
-        others.remove(issuer)
-        certificate, below = issuer, below + 1
+        level = _issuers(level, others, below, now, refusals)
+        others = [other for other in others if other not in level]
+        below += 1
+    raise refusals[0] if refusals else CertificateRefused("the EK certificate does not chain to a pinned vendor root")
 
 
 def verify_vtpm_certificate(
@@ -153,26 +155,27 @@ def _check_leaf(certificate: x509.Certificate, ek: Public, now: datetime.datetim
     _check_validity(certificate, now)
 
 
-def _issuer(
-    certificate: x509.Certificate, candidates: Sequence[x509.Certificate], below: int, now: datetime.datetime
-) -> x509.Certificate | None:
-    """The CA that signed, if it is among these; one that was renewed with its key may be there twice.
+def _issuers(
+    certificates: Sequence[x509.Certificate],
+    candidates: Sequence[x509.Certificate],
+    below: int,
+    now: datetime.datetime,
+    refusals: list[CertificateRefused],
+) -> list[x509.Certificate]:
+    """The CAs among these that signed one of the certificates and may do so.
 
-    Raises:
-        CertificateRefused: it is there, and in none of its certificates it may sign this one.
+    ``below`` counts the CAs between them and the leaf. Why a signer may not have signed is added to ``refusals``.
     """
-    refusal = None
+    found = []
     for candidate in candidates:
-        if _issued_by(certificate, candidate):
+        if any(_issued_by(certificate, candidate) for certificate in certificates):
             try:
                 _check_ca(candidate, below, now)
             except CertificateRefused as error:
-                refusal = refusal or error
+                refusals.append(error)
             else:
-                return candidate
-    if refusal is not None:
-        raise refusal
-    return None
+                found.append(candidate)
+    return found
 
 
 def _check_ca(certificate: x509.Certificate, below: int, now: datetime.datetime) -> None:

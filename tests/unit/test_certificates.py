@@ -152,6 +152,8 @@ def line(count: int) -> tuple[Form, ...]:
 
 OLD_ROOT = replace(ROOT, begin=NOW - 3 * DAY, end=NOW - 2 * DAY)
 OPEN_ROOT = ca("root", "root")
+FOREIGN_ROOT, CROSS_SIGNED = ca("foreign", "foreign"), ca("issuing", "foreign")
+"""The issuing CA, certified by another root as well."""
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,9 @@ OPEN_ROOT = ca("root", "root")
         pytest.param(Chain(roots=(ca("other", "other"), ROOT)), id="one-of-two-roots"),
         pytest.param(Chain(roots=(OLD_ROOT, ROOT)), id="root-renewed-with-its-key"),
         pytest.param(Chain(between=(replace(ISSUING, end=NOW - SECOND), ISSUING)), id="ca-renewed-with-its-key"),
+        pytest.param(Chain(between=(CROSS_SIGNED, ISSUING)), id="ca-cross-signed"),
+        pytest.param(Chain(between=(CROSS_SIGNED, FOREIGN_ROOT, ISSUING)), id="ca-cross-signed-with-the-other-root"),
+        pytest.param(Chain(roots=(OLD_ROOT, FOREIGN_ROOT), between=(ISSUING, CROSS_SIGNED)), id="one-of-two-ways"),
         pytest.param(Chain(between=(ROOT, ca("other", "root"), ISSUING)), id="others-around"),
         pytest.param(Chain(between=line(8)[::-1], roots=(OPEN_ROOT,)), id="eight-between-in-another-order"),
         pytest.param(Chain(leaf=LEAF.without(BASIC)), id="no-basic-constraints-in-the-leaf"),
