@@ -145,7 +145,7 @@ class Public:
 
         Raises:
             MalformedMessage: a curve, modulus or exponent that no key of ours can have, a modulus of another length
-                than stated or an even one, or a point off its curve.
+                than stated or an even one, or a point off its curve or with a padded coordinate.
         """
         try:
             if self.type is KeyType.RSA:
@@ -156,7 +156,11 @@ class Public:
                 return rsa.RSAPublicNumbers(self.exponent, self.modulus).public_key()
             if self.curve not in _CURVES:
                 raise MalformedMessage(f"curve {self.curve:#06x} is not supported")
-            return ec.EllipticCurvePublicNumbers(*self.point, _CURVES[self.curve]()).public_key()
+            curve = _CURVES[self.curve]()
+            # Shorter is a number without its leading zeros; longer would be the same key under another Name.
+            if any(len(coordinate) > (curve.key_size + 7) // 8 for coordinate in self.unique):
+                raise MalformedMessage(f"a coordinate is longer than those of {curve.name}")
+            return ec.EllipticCurvePublicNumbers(*self.point, curve).public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise MalformedMessage(f"public area does not hold a usable {self.type.name} key") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,8 @@ UNUSABLE = [
     pytest.param(replace(rsa_key().public, modulus=rsa_key().public.modulus & ~1), id="even-modulus"),
     pytest.param(replace(rsa_key().public, exponent=1), id="exponent-1"),
     pytest.param(replace(rsa_key().public, exponent=65536), id="even-exponent"),
+    pytest.param(replace(ecc_key().public, unique=(b"\x00" + ECC_AREA[-66:-34], ECC_AREA[-32:])), id="padded-x"),
+    pytest.param(replace(ecc_key().public, unique=(ECC_AREA[-66:-34], b"\x00" + ECC_AREA[-32:])), id="padded-y"),
     pytest.param(replace(ecc_key().public, curve=0x0010), id="curve-of-another-kind"),
     pytest.param(replace(ecc_key().public, curve=0), id="no-curve"),
     pytest.param(replace(ecc_key().public, curve=P384), id="point-of-another-curve"),
@@ -209,6 +212,16 @@ def test_numbers_that_are_no_key_are_said_to_be_none(public: Public) -> None:
     for use in (public.key, public.spki, public.spki_digest):
         with pytest.raises(MalformedMessage):
             use()
+
+
+def test_a_coordinate_may_lack_its_leading_zeros() -> None:
+    """Some TPMs leave them out: the same point, and a Name of its own, as the TPM computes it."""
+    generated = (ec.derive_private_key(secret, ec.SECP256R1()).public_key() for secret in itertools.count(1))
+    numbers = next(found for key in generated if (found := key.public_numbers()).x < 1 << 248)
+    x, y = (number.to_bytes((number.bit_length() + 7) // 8, "big") for number in (numbers.x, numbers.y))
+    public = parse_public(sized(ECC_AREA[:-68] + sized(x) + sized(y)))
+    assert public.key().public_numbers() == numbers
+    assert public.name == b"\x00\x0b" + hashlib.sha256(ECC_AREA[:-68] + sized(x) + sized(y)).digest()
 
 
 @given(st.sampled_from([RSA_AREA, ECC_AREA]), st.data())
