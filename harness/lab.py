@@ -87,11 +87,6 @@ class Lab:
             await self._tear_down()
 
     @property
-    def pids(self) -> dict[str, int]:
-        """Process ids of the services that run, by name."""
-        return {process.name: process.pid for process in self._processes if process.pid and process.running}
-
-    @property
     def host_id(self) -> str:
         """The host's id."""
         return str(self._host_id)

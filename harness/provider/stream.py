@@ -18,7 +18,7 @@ import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 from harness.credential import Credential, parse_keylime_blob
 from harness.errors import HarnessError, MalformedMessage
@@ -34,6 +34,16 @@ ANSWER_LIMIT = 4 * 1024 * 1024
 PROOFS_PER_FRAME = 1000
 """A proof takes at most 1.5 KiB of JSON (20 hashes); a thousand and the shared part stay under `ANSWER_LIMIT`."""
 _ID_LIMIT = 1 << 53
+
+
+class Channel(Protocol):
+    """One open connection, as text frames."""
+
+    async def send(self, text: str) -> None:
+        """Sends one frame. Raises TransportError when the connection is gone or the peer does not read."""
+
+    async def receive(self) -> str | None:
+        """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

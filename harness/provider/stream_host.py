@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
 from harness.messages import encode_proof, encode_shared
@@ -24,6 +23,7 @@ from harness.provider.batcher import Answer, SharedAnswer
 from harness.provider.stream import (
     PROOFS_PER_FRAME,
     CancelOrder,
+    Channel,
     Order,
     QuoteOrder,
     encode_batch,
@@ -34,16 +34,6 @@ from harness.provider.stream import (
 )
 
 FLUSH_S = 0.5
-
-
-class Channel(Protocol):
-    """One open connection, as text frames."""
-
-    async def send(self, text: str) -> None:
-        """Sends one frame. Raises TransportError when the connection is gone or the peer does not read."""
-
-    async def receive(self) -> str | None:
-        """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
 
 
 Quotes = Callable[[PendingQuote], Awaitable[Answer]]

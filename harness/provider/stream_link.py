@@ -26,7 +26,6 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 from harness.errors import (
     DeadlineExceeded,
@@ -45,6 +44,7 @@ from harness.provider.stream import (
     BatchFrame,
     CancelOrder,
     CertifyOrder,
+    Channel,
     ErrorFrame,
     IdentityOrder,
     Order,
@@ -73,16 +73,6 @@ class LinkBounds:
     quote_s: float = 30.0
     enrol_s: float = 30.0
     waiting: int = 1 << 17
-
-
-class Channel(Protocol):
-    """One open connection, as text frames."""
-
-    async def send(self, text: str) -> None:
-        """Sends one frame. Raises TransportError when the connection is gone or the peer does not read."""
-
-    async def receive(self) -> str | None:
-        """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Channel]]

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from harness.errors import ConfigError, DeadlineExceeded, HarnessError, SimulationError
+from harness import unix_client
+from harness.errors import ConfigError, HarnessError, LocalRefusal, PeerUnreachable, ProtocolError, SimulationError
 
 _REQUEST_S = 60.0
 
@@ -49,22 +50,11 @@ async def ask(control: Path, request: Mapping[str, object]) -> dict[str, object]
     *Cancellation:* the device carries on with the request.
     """
     try:
-        async with asyncio.timeout(1.5 * _REQUEST_S):
-            reader, writer = await asyncio.open_unix_connection(control)
-            try:
-                writer.write(json.dumps(request).encode() + b"\n")
-                answer = json.loads(await reader.readline() or b"null")
-            finally:
-                writer.close()
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"the device at {control} did not answer") from error
-    except (OSError, ValueError) as error:
-        raise SimulationError(f"the device at {control} cannot be reached: {error}") from error
-    if not isinstance(answer, dict):
-        raise SimulationError(f"the device at {control} stopped before it answered")
-    if "error" in answer:
-        raise SimulationError(f"the device refused: {answer['error']}: {answer.get('detail')}")
-    return answer
+        return await unix_client.ask(control, request, deadline_s=1.5 * _REQUEST_S)
+    except LocalRefusal as error:
+        raise SimulationError(f"the device refused: {error.error}: {error.detail}") from error
+    except (PeerUnreachable, ProtocolError) as error:
+        raise SimulationError(f"the device at {control} cannot be reached: {error.detail}") from error
 
 
 async def serve_control(device: Device, reader: StreamReader, writer: StreamWriter) -> None:

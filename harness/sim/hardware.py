@@ -225,8 +225,3 @@ class HardwareTpmService:
                 await tpm.until_crash()
             finally:
                 await control.stop()
-
-
-async def run_hardware_tpm(settings: HardwareSettings) -> None:
-    """Runs the service; see `HardwareTpmService.run`."""
-    await HardwareTpmService(settings).run()
