@@ -106,14 +106,22 @@ def _config(create_certs: CreateCerts | None) -> str:
 async def _run(command: Sequence[str], log: Path, *, scratch: Path) -> None:
     # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up. So must its
     # folder for certificates, which it removes only when it ends by itself.
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=STDOUT,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(scratch)},
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        )
     )
+    try:
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # Cancelled inside, asyncio would kill swtpm_setup alone, and the swtpm that it started would stay.
+        await _end(await starting)
+        raise
     try:
         async with asyncio.timeout(_SETUP_S):
             output, _ = await process.communicate()

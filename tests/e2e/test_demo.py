@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from harness.lab_plan import TAMPER_CASES
+from tests.support.processes import left_by
 
 pytestmark = pytest.mark.needs_swtpm
 _DEADLINE_S = 240
@@ -118,7 +119,7 @@ def test_an_interrupted_demo_leaves_neither_files_nor_processes(number: signal.S
                 _, said = demo.communicate(timeout=60)
             finally:
                 demo.kill()
-        assert (demo.returncode, list(folder.iterdir()), _processes_of(folder)) == (130, [], []), said
+        assert (demo.returncode, list(folder.iterdir()), left_by(folder)) == (130, [], {}), said
 
 
 def _until_manufacturing(folder: Path, demo: subprocess.Popen[bytes]) -> None:
@@ -127,16 +128,3 @@ def _until_manufacturing(folder: Path, demo: subprocess.Popen[bytes]) -> None:
         assert demo.poll() is None
         assert time.monotonic() < until, "no vTPM is being manufactured"
         time.sleep(0.01)
-
-
-def _processes_of(folder: Path) -> list[str]:
-    """Command lines of processes that were given a path below this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:
-            continue  # it has just ended
-        if os.fsencode(folder) in line:
-            found.append(line.decode(errors="replace"))
-    return found

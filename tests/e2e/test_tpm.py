@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -29,6 +30,7 @@ from harness.sim.swtpm import manufacture
 from harness.swtpm import SwtpmProcess
 from harness.tpm import KeyTemplate, Tpm
 from harness.values import HashAlg, PcrSelection
+from tests.support.processes import left_by, processes_of
 from tests.support.tpms import AUTH, PCRS_0_TO_7, blank_swtpm, short_folder
 
 pytestmark = pytest.mark.needs_swtpm
@@ -322,3 +324,19 @@ async def test_swtpm_ends_with_its_killed_parent() -> None:
                     break
                 writer.close()
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 10])
+async def test_a_manufacture_that_is_given_up_leaves_neither_processes_nor_files(steps: int) -> None:
+    """Wherever it is cancelled, even while asyncio is still starting swtpm_setup, everything that this started ends."""
+    with short_folder() as folder:
+        task = asyncio.ensure_future(manufacture(folder / "state"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        until = time.monotonic() + 0.5  # without the loop: only swtpm_setup goes on
+        while not any("swtpm socket" in line for line in processes_of(folder).values()) and time.monotonic() < until:
+            time.sleep(0.005)  # noqa: ASYNC251 - the loop must stand still
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (left_by(folder), list(folder.iterdir())) == ({}, [])
