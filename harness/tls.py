@@ -46,6 +46,11 @@ class Peer:
     name: str
     requester: bytes
 
+    @property
+    def who(self) -> str:
+        """For the audit trail: ``<authority>/<role>/<name>``."""
+        return f"{self.authority}/{self.role.value}/{self.name}"
+
 
 class Identities:
     """Known authorities; tells who a certificate's owner is.

@@ -15,8 +15,10 @@ from __future__ import annotations
 from sqlalchemy import Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA = 1
-HOST_SCHEMA = 1
+from harness.audit_store import AuditColumns
+
+SCHEMA = 2
+HOST_SCHEMA = 2
 _UUID = 36
 _NAME = 63
 
@@ -73,6 +75,12 @@ class Guest(Base):
     vtpm_ek: Mapped[str | None] = mapped_column(String(64), default=None)
 
 
+class AuditRow(AuditColumns, Base):
+    """An operator's act (`harness.audit`)."""
+
+    __tablename__ = "audit"
+
+
 class HostBase(DeclarativeBase):
     """Metadata of a host agent's own database."""
 
@@ -103,3 +111,9 @@ class SeenVtpm(HostBase):
     inode: Mapped[str] = mapped_column(String(20))
     spki_digest: Mapped[bytes] = mapped_column(LargeBinary)
     seen_at: Mapped[float] = mapped_column(Float)
+
+
+class HostAuditRow(AuditColumns, HostBase):
+    """An operator's act on this host (`harness.audit`)."""
+
+    __tablename__ = "audit"

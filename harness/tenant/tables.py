@@ -16,7 +16,9 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA = 1
+from harness.audit_store import AuditColumns
+
+SCHEMA = 2
 _UUID = 36
 
 
@@ -33,6 +35,7 @@ class Host(Base):
     url: Mapped[str] = mapped_column(Text)
     ek: Mapped[bytes] = mapped_column(LargeBinary)
     ek_certificate: Mapped[bytes] = mapped_column(LargeBinary)
+    ek_chain: Mapped[str | None] = mapped_column(Text, default=None)  # PEM: the issuers up to the vendor's root
     ak: Mapped[bytes] = mapped_column(LargeBinary)
     ak_qualified_name: Mapped[bytes] = mapped_column(LargeBinary)
     ca: Mapped[bytes] = mapped_column(LargeBinary)
@@ -73,7 +76,7 @@ class KeyName(Base):
 
 
 class AlarmRow(Base):
-    """A finding for the operator; rows are only added."""
+    """A finding for the operator; rows are only added, acknowledged and marked as told (webhook)."""
 
     __tablename__ = "alarms"
 
@@ -83,6 +86,16 @@ class AlarmRow(Base):
     agent_id: Mapped[str | None] = mapped_column(String(_UUID), default=None)
     host_id: Mapped[str | None] = mapped_column(String(_UUID), default=None)
     detail: Mapped[str] = mapped_column(Text)
+    acknowledged_at: Mapped[float | None] = mapped_column(Float, default=None)
+    acknowledged_by: Mapped[str | None] = mapped_column(Text, default=None)
+    reason: Mapped[str | None] = mapped_column(Text, default=None)
+    notified_at: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class AuditRow(AuditColumns, Base):
+    """An operator's act (`harness.audit`)."""
+
+    __tablename__ = "audit"
 
 
 class Agent(Base):
@@ -96,6 +109,7 @@ class Agent(Base):
     v: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
     state: Mapped[int] = mapped_column(Integer)
     progress: Mapped[str] = mapped_column(Text)
+    seen: Mapped[str | None] = mapped_column(Text, default=None)  # the PCR values last proven, by layer: for capture
 
 
 class Baseline(Base):

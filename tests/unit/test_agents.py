@@ -217,7 +217,8 @@ async def test_a_row_that_cannot_be_read_keeps_no_other_agent_from_being_atteste
         await agents.add(AGENT, body(peers.wire))
     async with database.begin() as session:
         await session.execute(
-            text("INSERT INTO agents SELECT :id, '{}', snapshot, v, state, progress FROM agents"), {"id": str(OTHER)}
+            text("INSERT INTO agents SELECT :id, '{}', snapshot, v, state, progress, seen FROM agents"),
+            {"id": str(OTHER)},
         )
     async with verifier(database, peers) as agents:
         assert agents.ids() == [AGENT]
