@@ -17,7 +17,6 @@ import base64
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 from aiohttp import web
 
@@ -38,6 +37,8 @@ from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.registration import parse_auth_tag, parse_registration
 from harness.store import open_store
+from harness.tenant.alarm_routes import alarm_routes
+from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.challenges import Challenges
 from harness.tenant.client import ProviderClient, encode_baseline, only_authority, without_authority
 from harness.tenant.enrolment import HostEnroller
@@ -63,6 +64,7 @@ class Registrar:
 
     Args:
         store: what is pinned.
+        alarms: for the operator.
         hosts: takes hosts through enrolment.
         provider_tls: our certificate, and who may vouch for a provider.
         now: seconds since the epoch.
@@ -71,12 +73,14 @@ class Registrar:
     def __init__(
         self,
         store: RegistrarStore,
+        alarms: AlarmStore,
         hosts: HostEnroller,
         provider_tls: TlsSettings,
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._alarms = alarms
         self._hosts = hosts
         self._guests = GuestEnroller(store)
         self._provider_tls = provider_tls
@@ -96,7 +100,7 @@ class Registrar:
             Route("GET", "/v1/guests", self._list_guests, roles=_READERS),
             Route("GET", "/v1/guests/{agent_id}", self._show_guest, roles=_READERS),
             Route("DELETE", "/v1/guests/{agent_id}", self._remove_guest, roles=_OPERATOR),
-            Route("GET", "/v1/alarms", self._alarms, roles=_OPERATOR),
+            *alarm_routes(self._alarms, now=self._now),
             Route("GET", agents, self._list_agents, roles=_READERS),
             Route("GET", agents + "/{agent_id}", self._show_agent, roles=_READERS),
             Route("DELETE", agents + "/{agent_id}", self._remove_guest, roles=_OPERATOR),
@@ -172,9 +176,6 @@ class Registrar:
             "refused": self._refused.get(record.agent_id),
         }
 
-    async def _alarms(self, _request: web.Request) -> object:
-        return {"alarms": [{"at": record.at, **_alarm(record.alarm)} for record in await self._store.alarms()]}
-
     # --- Keylime's registrar ------------------------------------------------------------------------------
 
     async def _list_agents(self, _request: web.Request) -> object:
@@ -236,7 +237,7 @@ class Registrar:
         kind = type(error).__name__
         events.emit("alarm", level="warning", kind=kind, agent_id=str(agent_id), host_id=host_id, detail=error.detail)
         alarm = Alarm(kind=kind, agent_id=agent_id, host_id=host_id, detail=error.detail)
-        await self._store.alarm(alarm, self._now())
+        await self._alarms.add(alarm, self._now())
 
 
 def _agent_id(request: web.Request) -> AgentId:
@@ -263,12 +264,6 @@ def _host(host: PinnedHost) -> dict[str, object]:
         "baseline": encode_baseline(host.baseline),
         "enrolled_at": host.enrolled_at,
     }
-
-
-def _alarm(alarm: Alarm) -> dict[str, object]:
-    members = asdict(alarm)
-    members["agent_id"] = None if alarm.agent_id is None else str(alarm.agent_id)
-    return members
 
 
 def _base64(data: bytes) -> str:
@@ -304,6 +299,7 @@ class TenantRegistrar:
         try:
             registrar = Registrar(
                 RegistrarStore(store),
+                AlarmStore(store),
                 HostEnroller(roots, requester, Challenges()),
                 without_authority(settings.tls, settings.tenant),
             )

@@ -1,10 +1,9 @@
-"""What the tenant's registrar pinned: hosts, guests, key names, alarms.
+"""What the tenant's registrar pinned: hosts, guests, key names.
 
 Invariants:
     1. A pinned key is written once, in the transaction that takes its Name in `tables.KeyName`; a Name that is taken
        refuses the whole transaction (`CloneSuspected`).
-    2. A refusal that the operator must see is an alarm row of its own, committed although the change was not.
-    3. A host with guests is not removed.
+    2. A host with guests is not removed.
 
 Owner: the registrar's event loop; transactions serialise in the database.
 
@@ -24,8 +23,7 @@ from harness.attest import Public, parse_public
 from harness.errors import CloneSuspected, Conflict, KeyChanged, NotFound
 from harness.store import Store
 from harness.tenant.enrolment import EnrolledHost
-from harness.tenant.ports import Alarm
-from harness.tenant.tables import AlarmRow, Guest, Host, KeyName
+from harness.tenant.tables import Guest, Host, KeyName
 from harness.values import AgentId, ClockBaseline, HostId, parse_agent_id, parse_host_id
 
 
@@ -69,14 +67,6 @@ class GuestRecord:
     host_id: HostId
     keys: GuestKeys | None
     registrations: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AlarmRecord:
-    """A stored alarm."""
-
-    at: float
-    alarm: Alarm
 
 
 class RegistrarStore:
@@ -223,22 +213,6 @@ class RegistrarStore:
             row.registrations += 1
             return _guest(row)
 
-    # --- alarms -------------------------------------------------------------------------------------------
-
-    async def alarm(self, alarm: Alarm, now: float) -> None:
-        """Adds an alarm."""
-        async with self._store.begin() as session:
-            agent_id = None if alarm.agent_id is None else str(alarm.agent_id)
-            session.add(
-                AlarmRow(at=now, kind=alarm.kind, agent_id=agent_id, host_id=alarm.host_id, detail=alarm.detail)
-            )
-
-    async def alarms(self, *, newest: int = 1000) -> list[AlarmRecord]:
-        """The newest alarms, oldest first."""
-        async with self._store.begin() as session:
-            rows = await session.scalars(select(AlarmRow).order_by(AlarmRow.id.desc()).limit(newest))
-            return [_alarm(row) for row in reversed(list(rows))]
-
 
 async def _take_names(session: AsyncSession, owner: str, roles: Mapping[str, Public]) -> None:
     for role, public in roles.items():
@@ -307,8 +281,3 @@ def _guest(row: Guest) -> GuestRecord:
         keys=keys,
         registrations=row.registrations,
     )
-
-
-def _alarm(row: AlarmRow) -> AlarmRecord:
-    agent_id = None if row.agent_id is None else parse_agent_id(row.agent_id)
-    return AlarmRecord(at=row.at, alarm=Alarm(kind=row.kind, agent_id=agent_id, host_id=row.host_id, detail=row.detail))

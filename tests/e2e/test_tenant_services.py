@@ -27,7 +27,7 @@ from harness.tenant.operator import TenantOperator
 from harness.tpm import Tpm
 from harness.values import HashAlg
 from tests.support.enrolment_parties import SoftHost, Vendor
-from tests.support.tenant_site import STRANGER, WAIT_S, TenantSite, new_tenant_site
+from tests.support.tenant_site import STRANGER, TENANT, WAIT_S, TenantSite, new_tenant_site
 from tests.support.tenant_wire import AGENT
 
 pytestmark = pytest.mark.needs_swtpm
@@ -180,6 +180,46 @@ async def test_a_host_that_shows_other_keys_is_an_alarm(site: TenantSite) -> Non
         assert (await operator.host(site.provider.host.host_id))["ak"] == pinned["ak"]
 
 
+async def test_an_alarm_is_acknowledged_with_a_reason(site: TenantSite) -> None:
+    """It leaves the list, stays among all of them, and who did it and why is in the audit trail; faults are named."""
+    stated = {"reason": "the vTPM was set up by hand"}
+    await site.certify_vtpm(signer=SoftHost(Vendor(), b""))
+    async with (
+        site.running("registrar", "guest"),
+        site.operator() as operator,
+        site.client("registrar", Role.TENANT_OPERATOR, "op") as registrar,
+    ):
+        with pytest.raises(CertificateRefused):
+            await enrol(site, operator)
+        [alarm] = await operator.alarms()
+        path = f"/v1/alarms/{alarm['id']}/acknowledge"
+        for wrong, body in (
+            (path, {}),
+            (path, {"reason": " "}),
+            (path, {"reason": "two\nlines"}),
+            (path, {"reason": "why", "more": 1}),
+            ("/v1/alarms/0/acknowledge", stated),
+            ("/v1/alarms/99999999999/acknowledge", stated),
+            ("/v1/alarms/x/acknowledge", stated),
+        ):
+            with pytest.raises(PeerRefusedUs) as refused:
+                await registrar.put(wrong, body)
+            assert refused.value.status == 400
+        with pytest.raises(PeerRefusedUs):
+            await registrar.get("/v1/alarms", [("all", "yes")])
+        with pytest.raises(NotFound):
+            await registrar.put("/v1/alarms/4711/acknowledge", stated)
+        await registrar.put(path, stated)
+        with pytest.raises(Conflict):
+            await registrar.put(path, stated)
+        assert await operator.alarms() == []
+        [shown] = (await ask(registrar, "/v1/alarms", all="true"))["alarms"]
+        who = f"{TENANT}/tenant-operator/op"
+        assert (shown["acknowledged_by"], shown["reason"]) == (who, stated["reason"])
+        [entry] = (await ask(registrar, "/v1/audit"))["entries"]
+        assert (entry["who"], entry["action"], entry["subject"]) == (who, "alarm-acknowledge", f"alarm {alarm['id']}")
+
+
 async def test_a_host_can_be_named_removed_and_added_again(site: TenantSite) -> None:
     """The URL may name one host; a host with guests stays."""
     host_id = site.provider.host.host_id
@@ -201,6 +241,8 @@ async def test_a_host_can_be_named_removed_and_added_again(site: TenantSite) -> 
 CALLS = [
     ("registrar", "POST", "/v1/hosts", {Role.TENANT_OPERATOR}),
     ("registrar", "GET", "/v1/alarms", {Role.TENANT_OPERATOR}),
+    ("registrar", "PUT", "/v1/alarms/1/acknowledge", {Role.TENANT_OPERATOR}),
+    ("registrar", "GET", "/v1/audit", {Role.TENANT_OPERATOR}),
     ("registrar", "POST", "/v1/guests", {Role.TENANT_OPERATOR}),
     ("registrar", "GET", f"/v2.1/agents/{AGENT}", {Role.TENANT_OPERATOR, Role.TENANT_VERIFIER}),
     ("registrar", "POST", f"/v2.1/agents/{AGENT}", {Role.GUEST_AGENT}),

@@ -28,7 +28,6 @@ from harness.errors import (
 from harness.store import open_store
 from harness.tenant.enrolment import EnrolledHost
 from harness.tenant.guest_enrolment import GuestEnroller
-from harness.tenant.ports import Alarm
 from harness.tenant.registrar_store import GuestKeys, RegistrarStore
 from harness.tenant.tables import SCHEMA, Base
 from harness.values import AgentId, ClockBaseline, HostId
@@ -309,12 +308,3 @@ async def test_a_guest_does_not_move_between_hosts(registry: Registry) -> None:
         await registry.store.state_guest(OTHER, HostId(uuid.uuid4()), 0.0)
     assert (await registry.store.state_guest(AGENT, registry.host.host_id, 5.0)).host_id == registry.host.host_id
     assert [record.agent_id for record in await registry.store.guests()] == [AGENT]
-
-
-async def test_alarms_are_kept_in_their_order(registry: Registry) -> None:
-    """Oldest first, the newest when there are too many."""
-    alarms = [Alarm(kind=f"k{n}", agent_id=AGENT if n else None, host_id=None, detail="d") for n in range(3)]
-    for at, alarm in enumerate(alarms):
-        await registry.store.alarm(alarm, float(at))
-    assert [record.alarm for record in await registry.store.alarms()] == alarms
-    assert [record.alarm for record in await registry.store.alarms(newest=2)] == alarms[1:]

@@ -13,8 +13,8 @@ import pytest
 from harness.errors import Conflict, StoreError
 from harness.store import Store, open_store
 from harness.tenant.agent_request import Snapshot
+from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.ports import Alarm, Progress
-from harness.tenant.registrar_store import RegistrarStore
 from harness.tenant.snapshots import decode_snapshot, encode_snapshot
 from harness.tenant.states import ACTIVE, State
 from harness.tenant.tables import SCHEMA, Base
@@ -160,7 +160,7 @@ async def test_alarms_of_sessions_reach_the_operators_list(database: Store) -> N
     """Verifier and registrar may share a database."""
     alarm = Alarm(kind="HostRebooted", agent_id=AGENT, host_id="h", detail="host: reset")
     await (await again(database)).alarm(alarm)
-    [record] = await RegistrarStore(database).alarms()
+    [record] = await AlarmStore(database).alarms()
     assert (record.at, record.alarm) == (9.0, alarm)
 
 
