@@ -282,9 +282,10 @@ def load(path: Path, model: type[M]) -> M:
 
 
 def _sentence(path: Path, problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]") or "settings"
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     text = {"extra_forbidden": "unknown key", "missing": "is missing"}.get(problem["type"], problem["msg"])
-    return f"{path}: {key}: {text}"
+    text = text.removeprefix("Value error, ")
+    return f"{path}: {key}: {text}" if key else f"{path}: {text}"
 
 
 def dump(settings: BaseModel, path: Path) -> None:

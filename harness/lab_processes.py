@@ -7,7 +7,9 @@ as under ``harness serve``: the child calls `harness.serve.run`.
 Invariants:
     1. A service ends when the process that asked for it ends, however that ends (it watches the parent's sentinel).
     2. A listening socket is bound before the service starts: a client that connects early waits, and is not refused.
-    3. `stop` ends only processes that were started here, by PID, and waits for them.
+    3. `stop` ends only processes that were started here, by PID file descriptor, and waits for them.
+    4. Whether a process lives is asked of the kernel (pidfd): the parent that forks for us may die, and its word with
+       it, while the services go on.
 
 Owner: the lab (and the guest manager, which forks guest agents from the same parent).
 """
@@ -15,13 +17,16 @@ Owner: the lab (and the guest manager, which forks guest agents from the same pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import socket
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 from harness import serve
 from harness.errors import SimulationError
@@ -63,17 +68,28 @@ class ServiceProcess:
         self._service = service
         self._config = config
         self._process: BaseProcess | None = None
+        self._pidfd: int | None = None
 
     def start(self, sock: socket.socket | None = None) -> None:
-        """Forks the service; a given socket is handed over and closed here."""
-        warm_up()
+        """Forks the service, also after it has ended; it gets a duplicate of the socket.
+
+        Raises:
+            SimulationError: the parent that forks cannot be reached.
+        """
+        self._forget()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
             target=_serve_in_child, args=(self._service, self._config, sock, self.log), name=self.name
         )
-        self._process.start()
-        if sock is not None:
-            sock.close()
+        try:
+            warm_up()
+            self._process.start()
+            self._pidfd = os.pidfd_open(cast(int, self._process.pid))
+        except ProcessLookupError:
+            self._pidfd = None  # it has ended already
+        except (OSError, EOFError) as error:  # the parent was killed between two forks; the next try starts a new one
+            self._process = None
+            raise SimulationError(f"{self.name} cannot be started: {error or 'the forking parent is gone'}") from error
 
     @property
     def pid(self) -> int | None:
@@ -83,7 +99,13 @@ class ServiceProcess:
     @property
     def running(self) -> bool:
         """Whether the process was started and has not ended."""
-        return self._process is not None and self._process.is_alive()
+        return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the ended process, negative for a signal; None when nobody knows it any more."""
+        process = self._process
+        return process.exitcode if process is not None and not self.running else None
 
     def check(self) -> None:
         """Says so when the service is gone.
@@ -91,27 +113,58 @@ class ServiceProcess:
         Raises:
             SimulationError: it ended by itself; the message carries the end of its log.
         """
-        if self._process is not None and not self._process.is_alive():
+        if self._process is not None and not self.running:
             raise SimulationError(
-                f"{self.name} ended with code {self._process.exitcode}: {last_line(self.log)} (log: {self.log})"
+                f"{self.name} ended with code {self.exit_code}: {last_line(self.log)} (log: {self.log})"
             )
+
+    async def wait(self) -> int | None:
+        """Exit code as soon as the process has ended, at once when it was never started; no deadline, for a watcher.
+
+        *Cancellation:* the process goes on.
+        """
+        if self._pidfd is not None:
+            await _readable(self._pidfd)
+        return self.exit_code
 
     async def stop(self) -> None:
         """Asks the service to end (SIGTERM), insists after five seconds (SIGKILL), and waits for its end.
 
         *Cancellation:* the process is killed.
         """
-        process = self._process
-        if process is None:
+        if self._pidfd is None:
             return
         try:
-            if process.is_alive():
-                process.terminate()
-            await asyncio.to_thread(process.join, _STOP_S)
+            self._signal(signal.SIGTERM)
+            async with asyncio.timeout(_STOP_S):
+                await _readable(self._pidfd)
+        except TimeoutError:
+            pass
         finally:
-            if process.is_alive():
-                process.kill()
-        await asyncio.to_thread(process.join)
+            self._signal(signal.SIGKILL)
+        await _readable(self._pidfd)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def _forget(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+        self._pidfd, self._process = None, None
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    own = os.dup(descriptor)  # a loop keeps one reader for each descriptor, and there may be two who wait
+    seen = asyncio.Event()
+    loop.add_reader(own, seen.set)
+    try:
+        await seen.wait()
+    finally:
+        loop.remove_reader(own)
+        os.close(own)
 
 
 def last_line(log: Path) -> str:
