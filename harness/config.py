@@ -191,13 +191,14 @@ class HostileProviderSettings(Settings):
 
 
 class HostSite(Settings):
-    """A host of a lab: where its agent, its guest manager and its hardware TPM are reached."""
+    """A host of a lab: where its agent (also its local socket), guest manager and hardware TPM are reached."""
 
     agent: Url
     guest_manager: FilePath
     guests: FilePath
     hardware_control: FilePath
     tpm_socket: FilePath
+    local_socket: FilePath | None = None
 
 
 class ProviderSite(Settings):
