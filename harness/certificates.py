@@ -14,7 +14,7 @@ Spec: RFC 5280, 4.2 and 6.1; TCG EK Credential Profile 2.5, 3.2; DESIGN 3.6.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cryptography import x509
@@ -50,7 +50,7 @@ def verify_ek_chain(
     roots: Sequence[x509.Certificate],
     ek: Public,
     now: datetime.datetime,
-) -> None:
+) -> tuple[x509.Certificate, ...]:
     """Checks the EK certificate of a hardware TPM.
 
     1. It certifies exactly this EK, is not a CA's, and is for EKs (EKU 2.23.133.8.1).
@@ -64,6 +64,9 @@ def verify_ek_chain(
         ek: public area of the EK.
         now: with time zone.
 
+    Returns:
+        The issuers that were relied upon, from the EK certificate's own up to the pinned root.
+
     Raises:
         CertificateRefused: which of these does not hold.
     """
@@ -75,10 +78,12 @@ def verify_ek_chain(
     # One level at a time, because a CA may be certified twice (by its old and its new issuer) and only one of these
     # certificates need lead to a pinned root. The first time a CA is met is the nearest to the leaf, where its path
     # length allows most: it is never tried again, so that the provider's choice of certificates costs little.
-    level, below, refusals = [certificate], 0, list[CertificateRefused]()
+    level: dict[x509.Certificate, tuple[x509.Certificate, ...]] = {certificate: ()}  # with what is below each
+    below, refusals = 0, list[CertificateRefused]()
     while level:
-        if _issuers(level, roots, below, now, refusals):
-            return
+        if reached := _issuers(level, roots, below, now, refusals):
+            root, chain = next(iter(reached.items()))
+            return (*chain[1:], root)
         level = _issuers(level, others, below, now, refusals)
         others = [other for other in others if other not in level]
         below += 1
@@ -156,25 +161,26 @@ def _check_leaf(certificate: x509.Certificate, ek: Public, now: datetime.datetim
 
 
 def _issuers(
-    certificates: Sequence[x509.Certificate],
+    certificates: Mapping[x509.Certificate, tuple[x509.Certificate, ...]],
     candidates: Sequence[x509.Certificate],
     below: int,
     now: datetime.datetime,
     refusals: list[CertificateRefused],
-) -> list[x509.Certificate]:
-    """The CAs among these that signed one of the certificates and may do so.
+) -> dict[x509.Certificate, tuple[x509.Certificate, ...]]:
+    """The CAs among these that signed one of the certificates and may do so, each with the chain below it.
 
     ``below`` counts the CAs between them and the leaf. Why a signer may not have signed is added to ``refusals``.
     """
-    found = []
+    found = {}
     for candidate in candidates:
-        if any(_issued_by(certificate, candidate) for certificate in certificates):
+        signed = next((each for each in certificates if _issued_by(each, candidate)), None)
+        if signed is not None:
             try:
                 _check_ca(candidate, below, now)
             except CertificateRefused as error:
                 refusals.append(error)
             else:
-                found.append(candidate)
+                found[candidate] = (*certificates[signed], signed)
     return found
 
 

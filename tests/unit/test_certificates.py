@@ -137,9 +137,14 @@ class Chain:
     now: datetime.datetime = NOW
 
     def verify(self) -> None:
-        """What the tenant does with it."""
+        """What the tenant does with it; the issuers that it relied upon are a chain from the leaf to a pinned root."""
         leaf, *between = (form if isinstance(form, bytes) else form.der() for form in (self.leaf, *self.between))
-        verify_ek_chain(leaf, between, [root.make() for root in self.roots], self.ek, self.now)
+        roots = [root.make() for root in self.roots]
+        issuers = verify_ek_chain(leaf, between, roots, self.ek, self.now)
+        assert issuers[-1] in roots
+        for signed, issuer in itertools.pairwise((x509.load_der_x509_certificate(leaf), *issuers)):
+            signed.verify_directly_issued_by(issuer)
+            assert issuer.not_valid_before_utc <= self.now <= issuer.not_valid_after_utc
 
 
 def line(count: int) -> tuple[Form, ...]:
