@@ -7,7 +7,8 @@ Invariants:
 Owner: the task that started it. `start` must be called in a thread that lives as long as the process shall (the main
 thread): the kernel sends the death signal when the *thread* that forked ends (prctl(2), PR_SET_PDEATHSIG).
 
-Spec: swtpm(8); tpm2-tss, TCTI swtpm: commands on ``PATH``, control channel on ``PATH.ctrl``.
+Spec: swtpm(8), swtpm_ioctls(3) (CMD_GET_CAPABILITY); tpm2-tss, TCTI swtpm: commands on ``PATH``, control channel on
+``PATH.ctrl``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SOCKET_PATH_LIMIT = 107
 _START_S = 10.0
 _STOP_S = 5.0
 _POLL_S = 0.005
+_GET_CAPABILITY = (1).to_bytes(4, "big")
+_RESULT_SIZE = 4
 
 
 class SwtpmProcess:
@@ -105,11 +108,19 @@ class SwtpmProcess:
         while True:
             if process.returncode is not None:
                 raise SimulatorCrashed(f"swtpm ended at once with code {process.returncode}; see {self._log}")
-            with contextlib.suppress(ConnectionError, FileNotFoundError):
-                _, writer = await asyncio.open_unix_connection(self._socket)
-                writer.close()
+            with contextlib.suppress(ConnectionError, FileNotFoundError, asyncio.IncompleteReadError):
+                await self._answered()
                 return
             await asyncio.sleep(_POLL_S)  # swtpm has no readiness signal; the socket appears when it is ready
+
+    async def _answered(self) -> None:
+        # The sockets are there before the state was read: only an answer says that there is a TPM.
+        reader, writer = await asyncio.open_unix_connection(self.control)
+        try:
+            writer.write(_GET_CAPABILITY)
+            await reader.readexactly(_RESULT_SIZE)
+        finally:
+            writer.close()
 
     def kill(self) -> None:
         """Ends the process as a power cut does: without a word to the TPM. `stop` afterwards reaps it."""
