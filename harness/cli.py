@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script; ends the process with the command's exit code."""
-    raise SystemExit(cli_exit.guarded(lambda: app(prog_name="harness")))
+    raise SystemExit(cli_exit.run(lambda: app(prog_name="harness")))
 
 
 def _print_version(wanted: bool) -> None:

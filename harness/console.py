@@ -4,21 +4,70 @@ Invariants:
     1. rich is imported when something is drawn, never at import: `harness --help` and `--json` do not pay for more.
     2. ``NO_COLOR`` is honoured, and a stream that is no terminal gets no control sequences and no line breaks that
        depend on a width.
-    3. Progress goes to standard error, results to standard output.
+    3. Output that cannot be written (a full disk, a closed pipe) is `OutputGone`, wherever it was written.
+    4. Progress goes to standard error, results to standard output.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
+
+from harness.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _PIPE_WIDTH = 200
+
+
+class OutputGone(ConfigError):
+    """Standard output is closed or cannot be written."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output; what it cannot write is `OutputGone`, which no library takes for something else."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: OSError) -> OutputGone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # the interpreter flushes once more when it ends
+        os.close(nowhere)
+        return OutputGone(f"standard output cannot be written: {error.strerror}")
+
+
+@contextlib.contextmanager
+def claimed_output() -> Iterator[None]:
+    """Standard output of this process, written to its end when the context is left.
+
+    Raises:
+        OutputGone: it is closed or cannot be written.
+    """
+    if sys.stdout is None:
+        raise OutputGone("standard output is closed")
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper):
+        sys.stdout = _Output(out.detach(), encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 def console(stream: TextIO | None = None) -> Console:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,15 +20,63 @@ def all_errors(kind: type[errors.HarnessError] = errors.HarnessError) -> Iterato
         yield from all_errors(child)
 
 
-FINDINGS = {"AppraisalError", "EnrolmentError", "Refused", "PeerRefusedUs", "Overloaded", "BatchFailed"}
+FINDINGS = {"AppraisalError", "EnrolmentError", "Refused", "Overloaded", "BatchFailed"}
+ASIDE = (errors.PeerRefusedUs, errors.LocalRefusal, errors.NotFound)
 
 
-@pytest.mark.parametrize("kind", list(all_errors()), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in all_errors() if kind not in ASIDE], ids=lambda kind: kind.__name__)
 def test_every_error_of_the_tree_is_a_finding_or_unusable(kind: type[errors.HarnessError]) -> None:
     """An error that answers the question is 1, one that prevented the question is 2; none is an internal fault."""
     error = kind.__new__(kind)
     finding = any(parent.__name__ in FINDINGS for parent in kind.__mro__)
     assert cli_exit.exit_code_of(error) == (1 if finding else 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NotFound("x"), 2),
+        (errors.Conflict("x"), 1),
+        (errors.PeerRefusedUs("x", status=400), 2),
+        (errors.PeerRefusedUs("x", status=404), 2),
+        (errors.PeerRefusedUs("x", status=413), 2),
+        (errors.PeerRefusedUs("x", status=409), 1),
+        (errors.PeerRefusedUs("x", status=403), 1),
+        (errors.LocalRefusal("x", error="NotFound"), 2),
+        (errors.LocalRefusal("x", error="MalformedMessage"), 2),
+        (errors.LocalRefusal("x", error="Conflict"), 1),
+        (errors.LocalRefusal("x", error="AccessDenied"), 1),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{vars(value)}" if isinstance(value, Exception) else None,
+)
+def test_a_request_that_cannot_be_used_is_2_and_a_refusal_is_1(error: errors.HarnessError, code: int) -> None:
+    """What another command line would mend is 2, whoever noticed it; what the services answer is 1."""
+    assert cli_exit.exit_code_of(error) == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (errors.PeerUnreachable, "harness lab up"),
+        (errors.KeyChanged, "re-enrol"),
+        (errors.HostRebooted, "--accept-reboot"),
+        (errors.ReferenceValueMismatch, "policy show AGENT_ID"),
+        (errors.QuoteSignatureInvalid, "guest resume AGENT_ID"),
+        (errors.PoolFull, "try again"),
+        (errors.StoreError, "disk full"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_an_operator_is_told_what_to_type(kind: type[errors.HarnessError], said: str) -> None:
+    """An error's class, or the nearest class above it, has a next step with the command in it."""
+    step = cli_exit.next_step(kind("x"))
+    assert step is not None
+    assert said in step
+
+
+def test_an_error_without_a_step_has_none() -> None:
+    """Where the sentence says it all nothing is added."""
+    assert cli_exit.next_step(errors.ConfigError("x")) is None
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -48,6 +100,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (errors.WrongHost("x"), 1),
         (errors.IllegalTransition("x"), 3),
         (RuntimeError("x"), 3),
+        (FileNotFoundError(2, "No usable temporary directory found"), 2),
+        (OSError(28, "No space left on device", "/x"), 2),
     ],
 )
 def test_each_way_to_end_has_its_code(ended: BaseException, code: int) -> None:
@@ -88,3 +142,28 @@ def test_an_internal_fault_shows_its_traceback_only_when_asked(
     assert "HARNESS_DEBUG=1" in quiet
     assert "Traceback" not in quiet
     assert "Traceback" in loud
+
+
+PROGRAM = [sys.executable, "-c", "from harness.cli import main; main()"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["tenant", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("where", ["/dev/full", "closed pipe", "closed"])
+def test_output_that_cannot_be_written_is_2_and_one_sentence(where: str, words: list[str]) -> None:
+    """A full disk, a reader that has gone and a closed stream are said, and nothing else is."""
+    out = _closed_pipe() if where == "closed pipe" else os.open("/dev/full", os.O_WRONLY)
+    close = (lambda: os.close(1)) if where == "closed" else None
+    try:
+        ended = subprocess.run(
+            [*PROGRAM, *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False, preexec_fn=close
+        )
+    finally:
+        os.close(out)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"harness: standard output (is closed|cannot be written: .+)\n", ended.stderr)
+
+
+def _closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
