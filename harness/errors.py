@@ -5,7 +5,8 @@
     HarnessError                  root; never raised itself
       ConfigError                 bad settings or topology; exit code 2
       ProtocolError               MalformedMessage, UnsupportedVersion, MessageTooLarge
-      TransportError              PeerUnreachable, DeadlineExceeded, PeerRefusedUs, LocalRefusal  (two retryable)
+      TransportError              PeerUnreachable, DeadlineExceeded, CertificateExpired  (retryable), PeerRefusedUs,
+                                  LocalRefusal
       Overloaded                  PoolFull, ShareExhausted, ShuttingDown, NotReady     (retryable, retry_after_s)
       Refused                     NotYourGuest (unknown ones too), GuestNotHere, SelectionNotAllowed, AccessDenied
       BatchFailed                 carries batch id and cause                           (retryable)
@@ -82,6 +83,12 @@ class PeerUnreachable(TransportError):
 
 class DeadlineExceeded(TransportError):
     """No complete answer in time."""
+
+    retryable = True
+
+
+class CertificateExpired(TransportError):
+    """The certificate of a connection has expired: nothing is done on it until its owner shows a renewed one."""
 
     retryable = True
 

@@ -3,7 +3,8 @@
 Invariants:
     1. A call ends within its deadline, with the results or an error of the project.
     2. An answer is read up to its limit and not beyond.
-    3. Where a certificate is pinned, the server shows that one, and a name that holds; nothing is sent before.
+    3. The server is of the role that is expected of it; where its certificate is pinned, it shows that one or a renewal
+       on the same key, and a name that holds. Nothing is sent before.
     4. Nothing is sent but over mutual TLS: an address that is not https is refused.
 
 Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
@@ -12,8 +13,7 @@ Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 
@@ -30,14 +30,13 @@ from harness.errors import (
     ProtocolError,
 )
 from harness.messages import error_from_response, parse_json
-from harness.tls import client_context
+from harness.own_certificate import Clock
+from harness.peer_connections import CONNECT_S, Connections, Lease
+from harness.pki import Role, now
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 
 ANSWER_LIMIT = 1024 * 1024
 DEADLINE_S = 30.0
-_CONNECT_S = 10.0
-_CONNECTIONS = 256
-_KEEPALIVE_S = 30.0
 
 
 class PeerClient:
@@ -48,7 +47,10 @@ class PeerClient:
         base_url: ``https://host:port``, with or without a path that all calls share.
         deadline_s: seconds for a whole call.
         limit: largest answer, in bytes.
-        pinned: the server's certificate, in place of all authorities; no other one is accepted.
+        roles: what the server may be, from its certificate; None: whatever its authority made it.
+        pinned: the server's certificate; the server shows that one, or a renewal on the same key that one of the
+            authorities vouches for.
+        clock: the time by which certificates expire.
 
     Raises:
         ConfigError: a file in ``tls`` is missing or unusable.
@@ -62,15 +64,16 @@ class PeerClient:
         *,
         deadline_s: float = DEADLINE_S,
         limit: int = ANSWER_LIMIT,
+        roles: Collection[Role] | None = None,
         pinned: x509.Certificate | None = None,
+        clock: Clock = now,
     ) -> None:
         if not base_url.startswith("https://"):
             raise MalformedMessage(f"{base_url[:200]!r} is not an https address")
         self.base_url = base_url.rstrip("/")
         self._deadline_s = deadline_s
         self._limit = limit
-        self._context: ssl.SSLContext = client_context(tls, pinned=pinned)
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = Connections(tls, roles=roles, pinned=pinned, clock=clock)
 
     async def __aenter__(self) -> PeerClient:
         return self
@@ -85,9 +88,7 @@ class PeerClient:
 
         *Cancellation:* they are being closed all the same.
         """
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._connections.close()
 
     async def get(self, path: str, params: Sequence[tuple[str, str]] = ()) -> object:
         """Results of a GET; see `call`."""
@@ -111,7 +112,8 @@ class PeerClient:
         """Results of one call, out of their envelope.
 
         Raises:
-            PeerUnreachable: no connection, a certificate that is not accepted (either way), or "later" (408, 5xx).
+            PeerUnreachable: no connection, a certificate that is not accepted (either way), our own one has expired, or
+                "later" (408, 5xx).
             DeadlineExceeded: not done in time.
             MessageTooLarge, MalformedMessage: the answer is too large, or not an envelope.
             HarnessError: what the peer refused the call with (`wire_errors.error_from_response`).
@@ -122,7 +124,7 @@ class PeerClient:
             async with asyncio.timeout(self._deadline_s):
                 return await self._call(method, path, params, body)
         except aiohttp.ConnectionTimeoutError as error:
-            raise PeerUnreachable(f"{self.base_url} took more than {_CONNECT_S:g} s to connect") from error
+            raise PeerUnreachable(f"{self.base_url} took more than {CONNECT_S:g} s to connect") from error
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.base_url} gave no answer within {self._deadline_s:g} s") from error
         except aiohttp.ClientError as error:
@@ -131,14 +133,16 @@ class PeerClient:
             raise PeerUnreachable(f"{self.base_url} cannot be reached: {error.strerror or error}") from error
 
     async def _call(self, method: str, path: str, params: Sequence[tuple[str, str]], body: object) -> object:
-        session = self._open()
-        async with session.request(
-            method,
-            self.base_url + path,
-            params=list(params),
-            json=body,
-            allow_redirects=False,
-        ) as response:
+        async with (
+            self._connections.use() as lease,
+            lease.session.request(
+                method,
+                self.base_url + path,
+                params=list(params),
+                json=body,
+                allow_redirects=False,
+            ) as response,
+        ):
             content = bytearray()
             async for chunk in response.content.iter_chunked(64 * 1024):
                 content += chunk
@@ -172,40 +176,40 @@ class PeerClient:
 
         *Cancellation:* the connection is closed.
         """
+        async with self._connections.use() as lease:
+            socket = await self._opened(lease, path)
+            renewing = asyncio.create_task(self._close_when_outlived(lease, socket))
+            try:
+                yield Channel(socket)
+            finally:
+                renewing.cancel()
+                await asyncio.gather(renewing, return_exceptions=True)
+                await socket.close()
+
+    async def _opened(self, lease: Lease, path: str) -> aiohttp.ClientWebSocketResponse:
         try:
-            async with asyncio.timeout(_CONNECT_S):
-                socket = await self._open().ws_connect(
+            async with asyncio.timeout(CONNECT_S):
+                return await lease.session.ws_connect(
                     self.base_url + path,
                     heartbeat=HEARTBEAT_S,
                     max_msg_size=FRAME_LIMIT,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
                 )
         except TimeoutError as error:
-            raise DeadlineExceeded(f"{self.base_url} opened no connection within {_CONNECT_S:g} s") from error
+            raise DeadlineExceeded(f"{self.base_url} opened no connection within {CONNECT_S:g} s") from error
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
         except OSError as error:
             raise PeerUnreachable(f"{self.base_url} cannot be reached: {error.strerror or error}") from error
-        try:
-            yield Channel(socket)
-        finally:
-            await socket.close()
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(ssl=self._context, limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S)
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-            )
-        return self._session
+    async def _close_when_outlived(self, lease: Lease, socket: aiohttp.ClientWebSocketResponse) -> None:
+        await self._connections.outlived(lease)
+        await socket.close()
 
     def _unreachable(self, error: aiohttp.ClientError) -> HarnessError:
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
-            return PeerUnreachable(f"{self.base_url} shows a certificate that is not accepted: {error}")
+            reason = error.certificate_error.args[-1]
+            return PeerUnreachable(f"{self.base_url} shows a certificate that is not accepted: {reason}")
         if isinstance(error, aiohttp.WSServerHandshakeError):
             return PeerUnreachable(f"{self.base_url} does not open a channel: it answered {error.status}")
         if isinstance(error, aiohttp.ServerDisconnectedError):

@@ -7,27 +7,34 @@ Invariants:
     4. An authority that was added while the server runs, a tenant's, vouches for tenants' roles only: whoever has a
        certification authority can write any role into a certificate.
     5. A session is never resumed: each connection is a handshake in which the certificates are checked.
+    6. A client sends nothing before it has judged the server's certificate: its chain and host name, its role, and
+       where one is pinned its key.
+    7. A certificate that expires ends its owner's rights at once, also on a connection that is open.
 
 Spec: RFC 8446 (TLS 1.3), RFC 5246 (1.2); DESIGN 3.1, 3.2 (requester), 7.
 """
 
 from __future__ import annotations
 
+import datetime
 import ssl
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from harness.config import TlsSettings
-from harness.errors import AccessDenied, ConfigError
-from harness.pki import TENANT_ROLES, URN, Role, load_certificate
+from harness.errors import AccessDenied, CertificateExpired, ConfigError
+from harness.pki import TENANT_ROLES, URN, Role, load_certificate, now
 from harness.protocol import requester_of
 
 _CACHED = 4096
+
+C = TypeVar("C", bound=ssl.SSLContext)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +46,14 @@ class Peer:
         role: what it may be.
         name: its name within the authority.
         requester: SHA-256 of its SubjectPublicKeyInfo.
+        expires: end of its certificate.
     """
 
     authority: str
     role: Role
     name: str
     requester: bytes
+    expires: datetime.datetime
 
     @property
     def who(self) -> str:
@@ -58,9 +67,13 @@ class Identities:
     Args:
         authorities: certificates by the name under which each is known here; from the service's own settings, and
             so trusted with every role.
+        clock: the time by which certificates expire.
     """
 
-    def __init__(self, authorities: Mapping[str, x509.Certificate]) -> None:
+    def __init__(
+        self, authorities: Mapping[str, x509.Certificate], *, clock: Callable[[], datetime.datetime] = now
+    ) -> None:
+        self._clock = clock
         self._authorities = dict(authorities)
         self._roles = {name: frozenset(Role) for name in authorities}
         self._cache: dict[bytes, Peer] = {}
@@ -96,6 +109,7 @@ class Identities:
         Raises:
             AccessDenied: no known authority signed it, it does not state one role and name, or its authority may not
                 give that role.
+            CertificateExpired: it was good when the connection was made, and is not any more.
         """
         known = self._cache.get(certificate)
         if known is None:
@@ -103,17 +117,35 @@ class Identities:
             if len(self._cache) >= _CACHED:
                 self._cache.clear()
             self._cache[certificate] = known
+        if self._clock() > known.expires:
+            raise CertificateExpired(expired("the client certificate", known.expires))
         return known
 
     def _identify(self, der: bytes) -> Peer:
         certificate = x509.load_der_x509_certificate(der)
-        authority = next((name for name, ca in self._authorities.items() if _signed_by(certificate, ca)), None)
+        authority = authority_of(certificate, self._authorities)
         if authority is None:
             raise AccessDenied("the client certificate is of no authority that is known here")
-        role, name = _role_and_name(certificate)
+        role, name = role_and_name(certificate)
         if role not in self._roles[authority]:
             raise AccessDenied(f"{authority} cannot make anybody a {role.value}")
-        return Peer(authority=authority, role=role, name=name, requester=certificate_requester(certificate))
+        return Peer(
+            authority=authority,
+            role=role,
+            name=name,
+            requester=certificate_requester(certificate),
+            expires=certificate.not_valid_after_utc,
+        )
+
+
+def expired(whose: str, at: datetime.datetime) -> str:
+    """The sentence about a certificate that has expired; it names the way back."""
+    return f"{whose} expired at {at:%Y-%m-%dT%H:%M:%SZ}; renew it with `harness lab renew` or PUT /v1/certificate"
+
+
+def authority_of(certificate: x509.Certificate, authorities: Mapping[str, x509.Certificate]) -> str | None:
+    """Name of the authority whose key signed a certificate; None when it is none of these."""
+    return next((name for name, ca in authorities.items() if _signed_by(certificate, ca)), None)
 
 
 def certificate_requester(certificate: x509.Certificate) -> bytes:
@@ -132,17 +164,26 @@ def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bo
     return True
 
 
-def _role_and_name(certificate: x509.Certificate) -> tuple[Role, str]:
+def role_and_name(certificate: x509.Certificate, *, whose: str = "the client certificate") -> tuple[Role, str]:
+    """What a certificate's owner may be, and its name.
+
+    Args:
+        certificate: accepted by the TLS layer, or about to be.
+        whose: begin of the sentence when it states neither.
+
+    Raises:
+        AccessDenied: it does not state exactly one role and name.
+    """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
-        raise AccessDenied("the client certificate states no role") from None
+        raise AccessDenied(f"{whose} states no role") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1 or not uris[0].startswith(URN):
-        raise AccessDenied("the client certificate does not state exactly one role")
+        raise AccessDenied(f"{whose} does not state exactly one role")
     role, _, name = uris[0].removeprefix(URN).partition(":")
     if role not in set(Role) or not name:
-        raise AccessDenied("the client certificate states an unknown role, or no name")
+        raise AccessDenied(f"{whose} states an unknown role, or no name")
     return Role(role), name
 
 
@@ -161,28 +202,81 @@ def server_context(tls: TlsSettings) -> ssl.SSLContext:
     Raises:
         ConfigError: a file is missing or unusable; it is named.
     """
-    context = _context(tls, ssl.PROTOCOL_TLS_SERVER)
+    context = _context(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), tls)
+    context.num_tickets = 0
     for authority in tls.authorities.values():
         trust_also(context, load_certificate(authority))
     return context
 
 
-def client_context(tls: TlsSettings, *, pinned: x509.Certificate | None = None) -> ssl.SSLContext:
-    """Context of a client: shows its certificate, checks the server's chain and host name.
+class ServerJudge:
+    """What a client demands of a server's certificate beyond its chain and host name.
+
+    Args:
+        roles: what the server may be; None: anything that the authority made it.
+        pinned: the server's certificate as it is known; the server shows it, or another one on the same key.
+    """
+
+    def __init__(self, *, roles: Collection[Role] | None = None, pinned: x509.Certificate | None = None) -> None:
+        self.expires: datetime.datetime | None = None
+        """Earliest end of a certificate that was accepted."""
+        self._roles = None if roles is None else frozenset(roles)
+        self._pinned = pinned
+
+    def __call__(self, der: bytes) -> None:
+        """Judges a certificate whose chain and host name hold.
+
+        Raises:
+            AccessDenied: it is on another key than the pinned one, or its owner is not one of the roles.
+        """
+        certificate = x509.load_der_x509_certificate(der)
+        if self._pinned is not None and certificate.public_key() != self._pinned.public_key():
+            raise AccessDenied("it is not the pinned one, nor a renewal on its key")
+        if self._roles is not None:
+            role, _ = role_and_name(certificate, whose="it")
+            if role not in self._roles:
+                raise AccessDenied(f"its owner is a {role.value}, not a {' or '.join(sorted(self._roles))}")
+        end = certificate.not_valid_after_utc
+        self.expires = end if self.expires is None else min(self.expires, end)
+
+
+class _JudgedConnection(ssl.SSLObject):
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        context = self.context
+        certificate = self.getpeercert(binary_form=True)
+        if not isinstance(context, _ClientContext) or context.judge is None or certificate is None:
+            raise ssl.SSLCertVerificationError(1, "nobody judges this certificate")
+        try:
+            context.judge(certificate)
+        except (AccessDenied, ValueError) as error:
+            raise ssl.SSLCertVerificationError(1, str(error)) from error
+
+
+class _ClientContext(ssl.SSLContext):
+    sslobject_class = _JudgedConnection
+    judge: ServerJudge | None = None
+
+
+def client_context(
+    tls: TlsSettings, *, pinned: x509.Certificate | None = None, judge: ServerJudge | None = None
+) -> ssl.SSLContext:
+    """Context of a client: shows its certificate, checks the server's chain and host name, and has it judged.
 
     Args:
         tls: our certificate, key, and the authorities that may vouch for the server.
-        pinned: the server's own certificate, in place of all authorities. Another one fails in the handshake, before
-            anything was sent (unless the pinned key itself signed it).
+        pinned: the server's own certificate: it may show that one, whoever signed it, or a renewal on the same key
+            that one of the authorities vouches for. Another one fails in the handshake, before anything was sent.
+        judge: judges each certificate; by default by ``pinned`` alone.
 
     Raises:
         ConfigError: a file is missing or unusable; it is named.
     """
-    context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
+    context = _context(_ClientContext(ssl.PROTOCOL_TLS_CLIENT), tls)
+    context.judge = judge or ServerJudge(pinned=pinned)
     if pinned is not None:
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the chain ends at the pinned one, whoever signed it
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the chain may end at the pinned one
         trust_also(context, pinned)
-        return context
     for authority in tls.authorities.values():
         trust_also(context, load_certificate(authority))
     return context
@@ -193,13 +287,10 @@ def trust_also(context: ssl.SSLContext, authority: x509.Certificate) -> None:
     context.load_verify_locations(cadata=authority.public_bytes(serialization.Encoding.DER))
 
 
-def _context(tls: TlsSettings, protocol: int) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
+def _context(context: C, tls: TlsSettings) -> C:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     context.options |= ssl.OP_NO_TICKET  # a resumed session would not show the certificate again
-    if protocol == ssl.PROTOCOL_TLS_SERVER:
-        context.num_tickets = 0
     for path in (tls.certificate, tls.key):
         _must_be_readable(path)
     try:

@@ -15,6 +15,8 @@ Invariants:
     2. Every answer is an envelope with ``Cache-Control: no-store``; an unknown exception is one neutral sentence.
     3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing (`door`).
     4. A server stops within five seconds, whatever its handlers and peers do.
+    5. A renewed certificate is shown in the next handshake; a peer whose certificate expires is refused at once, and
+       its channels are closed.
 
 Spec: DESIGN 3.1, 3.3, 7; RFC 9110.
 """
@@ -24,8 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
-import math
 import socket
 import ssl
 import weakref
@@ -36,25 +36,27 @@ from typing import Any
 
 from aiohttp import WSCloseCode, web
 
-from harness import __version__, events
+from harness import __version__
+from harness.audit import AuditEntry, parse_reason
+from harness.certificate_watch import CertificateWatch
 from harness.config import Listen, TlsSettings
-from harness.door import Bounds, Door, request_began, request_ended
-from harness.errors import AccessDenied, DeadlineExceeded, HarnessError, MalformedMessage, MessageTooLarge
-from harness.messages import failure, parse_json, retry_after_s, status_of, success
-from harness.pki import Role
+from harness.door import Bounds, Door
+from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage
+from harness.health import FAILING, Health
+from harness.messages import parse_json, success
+from harness.own_certificate import Audit, OwnCertificate, to_events
+from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
+from harness.web_envelope import BODY_LIMIT, LINE_LIMIT, OPENED, Connection, answer, envelope
 
-BODY_LIMIT = 64 * 1024
 DEADLINE_S = 35.0
 STOP_S = 1.5
 """aiohttp waits this long for running calls, and once more for what they have yet to read."""
-_LINE_LIMIT = 8190
 _BACKLOG = 512
 _BOUNDS = Bounds()
-_INTERNAL_FAULT = "internal fault; see the service's log"
-_CHANNELS: web.AppKey[weakref.WeakSet[web.WebSocketResponse]] = web.AppKey("channels")
-_OPENED: web.RequestKey[web.WebSocketResponse] = web.RequestKey("opened", web.WebSocketResponse)
+_CHANNELS: web.AppKey[weakref.WeakKeyDictionary[web.WebSocketResponse, Peer]] = web.AppKey("channels")
+_OWN: web.AppKey[OwnCertificate] = web.AppKey("own certificate", OwnCertificate)
 _PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
 
 Handler = Callable[[web.Request], Awaitable[object]]
@@ -114,25 +116,73 @@ async def read_object(request: web.Request, *, members: Collection[str]) -> dict
     return body
 
 
-def application(service: str, routes: Iterable[Route], identities: Identities) -> web.Application:
+def application(
+    service: str,
+    routes: Iterable[Route],
+    identities: Identities,
+    *,
+    health: Health | None = None,
+    audit: Audit = to_events,
+) -> web.Application:
     """Application of one service.
 
-    ``GET /version`` is open to everybody with a known certificate; a route of the service's own takes its place.
+    ``GET /version`` and ``GET /health`` are open to everybody with a known certificate, ``PUT /v1/certificate`` to the
+    operator of the service's own authority. A route of the service's own takes their place.
+
+    Args:
+        service: its name.
+        routes: its own calls.
+        identities: who may have a certificate.
+        health: its checks; none by default.
+        audit: keeps the entry of a renewed certificate.
     """
-    app = web.Application(middlewares=[_envelope], client_max_size=BODY_LIMIT)
-    app[_CHANNELS] = weakref.WeakSet()
+    app = web.Application(middlewares=[envelope], client_max_size=BODY_LIMIT)
+    app[_CHANNELS] = weakref.WeakKeyDictionary()
     app.on_shutdown.append(_close_channels)
-
-    async def version(_: web.Request) -> object:
-        return {"service": service, "version": __version__}
-
     own = list(routes)
-    if not any((route.method, route.path) == ("GET", "/version") for route in own):
-        own.append(Route("GET", "/version", version, roles=tuple(Role)))
-    for route in own:
+    taken = {(route.method, route.path) for route in own}
+    common = _common_routes(service, health or Health(), audit)
+    for route in [*own, *(route for route in common if (route.method, route.path) not in taken)]:
         # add_get would let HEAD run a handler too
         app.router.add_route(route.method, route.path, _guarded(route, identities))
     return app
+
+
+def _common_routes(service: str, health: Health, audit: Audit) -> list[Route]:
+    about = {"service": service, "version": __version__}
+
+    async def version(_: web.Request) -> object:
+        return about
+
+    async def state(request: web.Request) -> object:
+        own = request.app[_OWN]
+        report = await health.report(in_full=peer_of(request).authority == own.authority)
+        results = {**about, "certificate_expires": own.expires.timestamp(), **report.as_json()}
+        if report.status != FAILING:
+            return results
+        return answer(503, {"code": 503, "status": report.sentence, "results": results})
+
+    async def renew(request: web.Request) -> object:
+        own, peer = request.app[_OWN], peer_of(request)
+        if peer.role != own.operator or peer.authority != own.authority:
+            raise AccessDenied("a certificate is renewed by an operator of the service's own authority")
+        body = await read_object(request, members={"certificate", "reason"})
+        if not isinstance(body.get("certificate"), str):
+            raise MalformedMessage("certificate must be PEM text")
+        reason = parse_reason(body.get("reason"))
+        entry = AuditEntry(
+            at=now().timestamp(), who=peer.who, action="certificate-renew", subject=own.name, reason=reason
+        )
+        await own.replace(body["certificate"], entry, audit)
+        return {"certificate_expires": own.expires.timestamp()}
+
+    everybody = tuple(Role)
+    operators = {Role.PROVIDER_OPERATOR, Role.TENANT_OPERATOR}
+    return [
+        Route("GET", "/version", version, roles=everybody),
+        Route("GET", "/health", state, roles=everybody),
+        Route("PUT", "/v1/certificate", renew, roles=operators),
+    ]
 
 
 def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -149,7 +199,7 @@ def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Aw
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"the call took more than {route.deadline_s} s") from error
-        return results if isinstance(results, web.StreamResponse) else _answer(200, success(results))
+        return results if isinstance(results, web.StreamResponse) else answer(200, success(results))
 
     return call
 
@@ -160,72 +210,6 @@ def _certificate(request: web.Request) -> bytes:
     if not certificate:
         raise AccessDenied("a client certificate is required")
     return bytes(certificate)
-
-
-@web.middleware
-async def _envelope(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    transport = request.transport
-    request_began(transport)
-    try:
-        return _not_stored(await handler(request))
-    except HarnessError as error:
-        answer = _refusal(error)
-    except web.HTTPRequestEntityTooLarge:
-        answer = _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"))
-    except web.HTTPException as error:
-        sentence = ascii(f"{request.method} {request.path[:100]}: {error.reason}")[1:-1]
-        answer = _answer(error.status, {"code": error.status, "status": sentence, "results": {}}, error.headers)
-    except Exception:  # the border of a request: the client learns that it failed, the log learns why
-        events.emit("internal_fault", level="error", method=request.method, path=request.path, exc_info=True)
-        answer = _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
-    finally:
-        request_ended(transport)
-    opened = request.get(_OPENED)  # an open channel has no place for an answer: it is closed
-    return answer if opened is None else opened
-
-
-def _not_stored(response: web.StreamResponse) -> web.StreamResponse:
-    if not response.prepared:  # a WebSocket is
-        response.headers["Cache-Control"] = "no-store"
-    return response
-
-
-def _refusal(error: HarnessError) -> web.Response:
-    wait_s = retry_after_s(error)
-    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}  # whole seconds: RFC 9110
-    return _answer(status_of(error), failure(error), headers)
-
-
-def _answer(status: int, envelope: object, headers: Any = None) -> web.Response:
-    allowed = {name: value for name, value in (headers or {}).items() if name in {"Allow", "Retry-After"}}
-    text = json.dumps(envelope, separators=(",", ":"))
-    return web.Response(
-        status=status,
-        text=text,
-        content_type="application/json",
-        headers=allowed | {"Cache-Control": "no-store"},
-    )
-
-
-class _Connection(web.RequestHandler):
-    """aiohttp's connection; answers what never gets as far as the application with an envelope as well."""
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("a part of the answer has been sent: there is no place for an error")
-        if status == 500:
-            events.emit("internal_fault", level="error", exc_info=exc)
-            response = _answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
-        else:
-            response = _refusal(
-                MalformedMessage(f"not HTTP/1.1, or a line or header field of more than {_LINE_LIMIT} bytes")
-            )
-        response.force_close()
-        return response
 
 
 async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> tuple[Channel, web.WebSocketResponse]:
@@ -241,14 +225,26 @@ async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> t
     """
     response = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=limit, timeout=CLOSE_S, compress=False)
     await response.prepare(request)
-    request[_OPENED] = response
-    request.app[_CHANNELS].add(response)
+    request[OPENED] = response
+    request.app[_CHANNELS][response] = peer_of(request)
     return Channel(response), response
 
 
 async def _close_channels(app: web.Application) -> None:
     channels = app[_CHANNELS]
-    closings = [channel.close(code=WSCloseCode.GOING_AWAY) for channel in channels]
+    await _close(list(channels), WSCloseCode.GOING_AWAY)
+
+
+async def _close_expired(app: web.Application) -> None:
+    """A channel is one long request: it ends with the certificate that opened it."""
+    at = now()
+    await _close(
+        [channel for channel, peer in app[_CHANNELS].items() if at > peer.expires], WSCloseCode.POLICY_VIOLATION
+    )
+
+
+async def _close(channels: Iterable[web.WebSocketResponse], code: WSCloseCode) -> None:
+    closings = [channel.close(code=code) for channel in channels]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_S):
             await asyncio.gather(*closings, return_exceptions=True)
@@ -284,7 +280,9 @@ async def serve(
 
     *Cancellation:* stops as at the end: no new connections, and running calls end within five seconds.
     """
+    own = app[_OWN] = OwnCertificate(tls)
     context = server_context(tls)
+    own.use_in(context)
     listening = where if isinstance(where, socket.socket) else _listen(where)
     try:
         listening.setblocking(False)
@@ -294,18 +292,20 @@ async def serve(
         if runner.server is None:
             raise RuntimeError("a runner that was set up has a server")
         connection = functools.partial(
-            _Connection,
+            Connection,
             runner.server,
             loop=asyncio.get_running_loop(),
-            max_line_size=_LINE_LIMIT,
-            max_field_size=_LINE_LIMIT,
+            max_line_size=LINE_LIMIT,
+            max_field_size=LINE_LIMIT,
         )
         accepting = asyncio.create_task(Door(connection, context, bounds).run(listening))
+        watching = asyncio.create_task(CertificateWatch(own, lambda: _close_expired(app)).run())
         try:
             yield Server(_url(listening), context)
         finally:
             accepting.cancel()
-            await asyncio.wait({accepting})
+            watching.cancel()
+            await asyncio.wait({accepting, watching})
             listening.close()
             await runner.cleanup()
     finally:

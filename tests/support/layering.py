@@ -41,11 +41,13 @@ CORE_ORDER: tuple[tuple[str, ...], ...] = (
 HOMES: Mapping[str, tuple[str, ...]] = {
     "tpm2_pytss": ("tpm.py", "tpm_*.py"),
     "merklelib": ("provider/merklelib_tree.py",),
-    "sqlalchemy": ("store.py", "*/tables.py", "*_store.py", "*journal*.py"),
+    "sqlalchemy": ("store.py", "store_*.py", "*/tables.py", "*_store.py", "*journal*.py", "migrations/*"),
+    "alembic": ("store_schema.py", "migrations/*"),
     "aiohttp": (
         "web.py",
         "web_*.py",
         "peer.py",
+        "peer_*.py",
         "*_routes.py",
         "provider/host_agent.py",
         "provider/proxy.py",

@@ -33,6 +33,7 @@ STATUSES: list[tuple[HarnessError, int, float | None]] = [
     (errors.PeerUnreachable("x"), 502, None),
     (errors.PeerRefusedUs("x", status=403), 502, None),
     (errors.DeadlineExceeded("x"), 504, None),
+    (errors.CertificateExpired("x"), 401, None),
     (errors.ChallengeFailed(), 400, None),
     (errors.UnacceptableKey("x"), 403, None),
     (errors.CertificateRefused("x"), 403, None),
@@ -54,7 +55,7 @@ def test_every_error_has_its_status(error: HarnessError, status: int, wait_s: fl
 TRAVELS = {
     "PoolFull", "ShareExhausted", "ShuttingDown", "NotReady", "BatchFailed", "NotYourGuest", "GuestNotHere", "NotFound",
     "SelectionNotAllowed", "AccessDenied", "Conflict", "UnacceptableKey", "CertificateRefused", "ChallengeFailed",
-    "KeyChanged", "CloneSuspected",
+    "KeyChanged", "CloneSuspected", "CertificateExpired",
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_every_class_of_error_has_a_status(kind: type[HarnessError]) -> None:
     if kind is HarnessError or issubclass(kind, family):
         assert status_of(error) == 500
     else:
-        assert status_of(error) in {400, 403, 404, 409, 413, 502, 503, 504}
+        assert status_of(error) in {400, 401, 403, 404, 409, 413, 502, 503, 504}
 
 
 def test_a_failed_challenge_stays_without_detail() -> None:
