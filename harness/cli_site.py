@@ -81,9 +81,11 @@ def as_provider(site: SiteSettings, act: Callable[[ProviderOperator], Awaitable[
 
     async def run() -> T:
         from harness.peer import PeerClient
+        from harness.pki import Role
         from harness.provider.operator import ProviderOperator
 
-        async with PeerClient(site.provider.operator, site.provider.registrar) as registrar:
+        roles = {Role.PROVIDER_REGISTRAR}
+        async with PeerClient(site.provider.operator, site.provider.registrar, roles=roles) as registrar:
             return await act(ProviderOperator(registrar))
 
     return _run(run())
@@ -92,11 +94,12 @@ def as_provider(site: SiteSettings, act: Callable[[ProviderOperator], Awaitable[
 @asynccontextmanager
 async def _tenant_operator(tenant: TenantSite) -> AsyncIterator[TenantOperator]:
     from harness.peer import PeerClient
+    from harness.pki import Role
     from harness.tenant.operator import TenantOperator
 
     async with (
-        PeerClient(tenant.operator, tenant.registrar) as registrar,
-        PeerClient(tenant.operator, tenant.verifier) as verifier,
+        PeerClient(tenant.operator, tenant.registrar, roles={Role.TENANT_REGISTRAR}) as registrar,
+        PeerClient(tenant.operator, tenant.verifier, roles={Role.TENANT_VERIFIER}) as verifier,
     ):
         yield TenantOperator(registrar, verifier, tenant.operator)
 

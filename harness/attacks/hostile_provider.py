@@ -212,8 +212,12 @@ class HostileProvider:
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
-            host = await stack.enter_async_context(PeerClient(settings.tls, settings.host_agent))
-            records = await stack.enter_async_context(PeerClient(settings.operator, settings.registrar))
+            host = await stack.enter_async_context(
+                PeerClient(settings.tls, settings.host_agent, roles={Role.HOST_AGENT})
+            )
+            records = await stack.enter_async_context(
+                PeerClient(settings.operator, settings.registrar, roles={Role.PROVIDER_REGISTRAR})
+            )
             lies = Lies(settings, HostStream(host), records)
             stack.push_async_callback(lies.stop)
             app = application("provider-verifier", _routes(HostStream(host), lies), identities_of(settings.tls))

@@ -23,6 +23,7 @@ from typing import Protocol
 from harness import events
 from harness.config import HostAgentSettings
 from harness.peer import PeerClient
+from harness.pki import Role
 from harness.provider.announcement import keep_announced
 from harness.provider.batching import Residency
 from harness.provider.clock import SystemClock
@@ -106,7 +107,7 @@ class HostAgent:
         if registrar is None:
             return
         path, record = f"/v1/hosts/{keys.identity.host_id}", {"url": url, "name": self._settings.name}
-        async with PeerClient(self._settings.tls, registrar) as client:
+        async with PeerClient(self._settings.tls, registrar, roles={Role.PROVIDER_REGISTRAR}) as client:
 
             async def announce() -> None:
                 await client.put(path, record)

@@ -21,6 +21,7 @@ from harness import events
 from harness.config import TlsSettings
 from harness.errors import NotReady
 from harness.peer import PeerClient
+from harness.pki import Role
 from harness.provider.stream_link import Connect, HostLink
 from harness.values import HostId
 
@@ -96,7 +97,7 @@ def over_tls(tls: TlsSettings, clients: AsyncExitStack) -> Callable[[str], Conne
     """
 
     def connect(url: str) -> Connect:
-        client = PeerClient(tls, url)
+        client = PeerClient(tls, url, roles={Role.HOST_AGENT})
         clients.push_async_callback(client.close)
         return lambda: client.channel(STREAM_PATH)
 

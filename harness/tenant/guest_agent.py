@@ -49,6 +49,7 @@ _TPM_S = 30.0
 _VERIFIER = frozenset({Role.TENANT_VERIFIER})
 _OPERATOR = frozenset({Role.TENANT_OPERATOR})
 _BOTH = _VERIFIER | _OPERATOR
+_REGISTRARS = frozenset({Role.TENANT_REGISTRAR, Role.PROVIDER_REGISTRAR})
 
 
 class Agent:
@@ -206,7 +207,8 @@ class GuestAgent:
                 ip=settings.public_host, port=_port(server.url), mtls_cert=await asyncio.to_thread(self._certificate)
             )
             peers = [
-                (url, await stack.enter_async_context(PeerClient(settings.tls, url))) for url in settings.registrars
+                (url, await stack.enter_async_context(PeerClient(settings.tls, url, roles=_REGISTRARS)))
+                for url in settings.registrars
             ]
             async with asyncio.TaskGroup() as group:
                 for url, peer in peers:

@@ -35,6 +35,7 @@ from harness.config import TlsSettings
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, MalformedMessage, NotFound
 from harness.keylime_wire import parse_quote
 from harness.peer import PeerClient
+from harness.pki import Role
 from harness.tenant.agent_request import GUEST_BANK
 from harness.tenant.appraisal import verify_transport_key
 from harness.tenant.client import AGENT_API, parse_pem
@@ -214,7 +215,7 @@ class TenantOperator:
     async def _hand_over(self, contact: GuestContact, payload: bytes) -> bytes:
         sealed = seal_payload(payload, contact.agent_id)
         url = f"https://{contact.ip}:{contact.port}"
-        async with PeerClient(self._tls, url, pinned=parse_pem(contact.mtls_cert)) as guest:
+        async with PeerClient(self._tls, url, roles={Role.GUEST_AGENT}, pinned=parse_pem(contact.mtls_cert)) as guest:
             nonce = "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_NONCE_SIZE))
             answer = _object(await guest.get(f"/{AGENT_API}/quotes/identity", [("nonce", nonce)]))
             pem = str(answer.get("pubkey")).encode()

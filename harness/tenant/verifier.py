@@ -2,8 +2,8 @@
 
 Invariants:
     1. Only certificates of the tenant's own authority are listened to.
-    2. A guest agent shows exactly the certificate that it registered; the registrar one of our own authority, a
-       provider verifier one of the others.
+    2. A guest agent shows the certificate that it registered, or a renewal on its key; the registrar one of our own
+       authority, a provider verifier one of the others, each with its role in it.
 
 Owner: the service `TenantVerifier`.
 
@@ -53,13 +53,13 @@ class Connections:
     def __init__(self, settings: TenantVerifierSettings) -> None:
         self._own_tls = only_authority(settings.tls, settings.tenant)
         self._provider_tls = without_authority(settings.tls, settings.tenant)
-        self._registrar = PeerClient(self._own_tls, settings.registrar)
+        self._registrar = PeerClient(self._own_tls, settings.registrar, roles={Role.TENANT_REGISTRAR})
         self._guests: dict[GuestPort, PeerClient] = {}
         self._providers: dict[str, PeerClient] = {}
 
     def guest(self, url: str, mtls_cert: str) -> GuestPort:
         """See `harness.tenant.agents.Peers`."""
-        peer = PeerClient(self._own_tls, url, pinned=parse_pem(mtls_cert))
+        peer = PeerClient(self._own_tls, url, roles={Role.GUEST_AGENT}, pinned=parse_pem(mtls_cert))
         client = GuestClient(peer)
         self._guests[client] = peer
         return client
@@ -68,7 +68,7 @@ class Connections:
         """See `harness.tenant.agents.Peers`; a session without a provider quote never calls what it is given."""
         address = url or "https://none.invalid"
         if address not in self._providers:
-            self._providers[address] = PeerClient(self._provider_tls, address)
+            self._providers[address] = PeerClient(self._provider_tls, address, roles={Role.PROVIDER_VERIFIER})
         return ProviderClient(self._providers[address])
 
     async def snapshot(self, agent_id: AgentId) -> Snapshot:
