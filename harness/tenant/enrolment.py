@@ -47,6 +47,7 @@ from harness.errors import (
     CertificateRefused,
     ChallengeFailed,
     HarnessError,
+    Overloaded,
     ProtocolError,
     UnacceptableKey,
 )
@@ -79,12 +80,16 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnrolledHost:
-    """A host whose keys may be pinned: every check of this module passed."""
+    """A host whose keys may be pinned: every check of this module passed.
+
+    ``ek_chain`` holds the issuers that ``ek_certificate`` was believed by, from its own to the vendor's root; DER.
+    """
 
     host_id: HostId
     url: str
     ek: Public
     ek_certificate: bytes
+    ek_chain: tuple[bytes, ...]
     ak: Public
     ak_qualified_name: bytes
     ca: Public
@@ -150,13 +155,15 @@ class HostEnroller:
         Raises:
             UnacceptableKey, CertificateRefused, ChallengeFailed: a check failed.
             ProtocolError: the provider's answers do not parse.
-            TransportError, Refused, Overloaded: the provider did not answer.
+            TransportError, Refused: the provider did not answer.
+            Overloaded: too many challenges were made, or the provider asks for a later try.
 
         *Cancellation:* the open challenge is burnt.
         """
         identity = await access.identity(host_id)
         ek, ak, ca = parse_keys(identity)
-        verify_ek_chain(identity.ek_certificates[0], identity.ek_certificates[1:], self._roots, ek, self._now())
+        certificate, *others = identity.ek_certificates
+        issuers = verify_ek_chain(certificate, others, self._roots, ek, self._now())
         if not host_id == identity.host_id == host_id_of(ek.name):
             raise CertificateRefused(f"host_id {host_id} is not the one that follows from the host's EK")
         await self._challenge(host_id, ek, ak, access)
@@ -166,7 +173,8 @@ class HostEnroller:
             host_id=host_id,
             url=url,
             ek=ek,
-            ek_certificate=identity.ek_certificates[0],
+            ek_certificate=certificate,
+            ek_chain=tuple(issuer.public_bytes(Encoding.DER) for issuer in issuers),
             ak=ak,
             ak_qualified_name=owner_qualified_name(ak),
             ca=ca,
@@ -183,6 +191,8 @@ class HostEnroller:
             try:
                 async with asyncio.timeout(self._challenge_s):
                     answer = await access.activate(host_id, blob)
+            except Overloaded:  # nobody has answered: it says "later", and nothing of the keys
+                raise
             except (HarnessError, TimeoutError) as error:
                 events.emit("challenge_failed", host_id=str(host_id), cause=type(error).__name__)
                 raise ChallengeFailed from error

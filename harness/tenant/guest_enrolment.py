@@ -23,7 +23,7 @@ from harness.certificates import verify_vtpm_certificate
 from harness.credential import check_ak, check_ek_rsa2048
 from harness.errors import CloneSuspected, KeyChanged
 from harness.registration import OpenChallenges
-from harness.tenant.registrar_store import GuestKeys, GuestRecord, RegistrarStore
+from harness.tenant.registrar_store import GuestKeys, GuestRecord, RegistrarStore, changed_keys
 from harness.values import AgentId
 
 
@@ -47,7 +47,7 @@ class GuestEnroller:
     ) -> None:
         self._store = store
         self._now = now
-        self._challenges: OpenChallenges[GuestKeys] = OpenChallenges(random=random, monotonic=monotonic)
+        self._challenges: OpenChallenges[tuple[GuestKeys, bytes]] = OpenChallenges(random=random, monotonic=monotonic)
 
     async def register(self, agent_id: AgentId, keys: GuestKeys) -> bytes:
         """Challenge for a guest that wants to register (Keylime's blob), after these checks.
@@ -76,21 +76,22 @@ class GuestEnroller:
             keys.ek_certificate, ca=parse_public(host.ca), agent_id=agent_id, ek=ek, now=self._now()
         )
         if record.keys is not None and not record.keys.same_identity(keys):  # 4
-            raise KeyChanged(f"guest {agent_id} is active with another EK or AK; remove it to enrol it anew")
+            raise KeyChanged(changed_keys(agent_id))
         await self._store.check_names_free(agent_id, ek, ak)  # 5
-        return self._challenges.open(agent_id, keys, ek, ak)
+        return self._challenges.open(agent_id, (keys, host.ca), ek, ak)
 
     async def activate(self, agent_id: AgentId, auth_tag: str) -> GuestRecord:
         """Pins the guest whose challenge was answered.
 
         Raises:
             ChallengeFailed: no open challenge, or a wrong answer.
-            KeyChanged, CloneSuspected, NotFound: the records changed since the challenge was made.
+            KeyChanged, CloneSuspected, NotFound, Conflict: the records changed since the challenge was made.
 
         *Cancellation:* the challenge is used up; the guest is pinned or not.
         """
-        return await self._store.activate_guest(agent_id, self._challenges.answered(agent_id, auth_tag))
+        keys, ca = self._challenges.answered(agent_id, auth_tag)
+        return await self._store.activate_guest(agent_id, keys, ca)
 
     def forget(self, agent_id: AgentId) -> None:
-        """Burns the open challenge of a guest that was removed."""
+        """Burns the open challenge of a guest that was removed, or whose keys were forgotten."""
         self._challenges.forget(agent_id)

@@ -2,12 +2,13 @@
 
 Invariants:
     1. Only certificates of the tenant's own authority are listened to; the provider is only asked.
-    2. Keys are pinned after every check of `enrolment` and `guest_enrolment`; a change is an alarm, never an update.
-    3. Refusals of a guest are kept for the operator until it registers.
+    2. Keys are pinned after every check of `enrolment` and `guest_enrolment`; a change is an alarm, and only an
+       operator's act replaces what is pinned.
+    3. Each act of an operator is in the audit trail, with who and why.
 
 Owner: the service `TenantRegistrar`.
 
-Spec: DESIGN 3.6; docs/protocol.md (tenant registrar); Keylime registrar API.
+Spec: DESIGN 3.6; docs/protocol.md (tenant registrar).
 """
 
 from __future__ import annotations
@@ -16,47 +17,40 @@ import asyncio
 import base64
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from harness import events
+from harness.audit import parse_reason
+from harness.audit_routes import act, query_reason
 from harness.config import TenantRegistrarSettings, TlsSettings
-from harness.errors import (
-    AccessDenied,
-    CertificateRefused,
-    CloneSuspected,
-    EnrolmentError,
-    HarnessError,
-    KeyChanged,
-    MalformedMessage,
-    NotFound,
-    UnacceptableKey,
-)
+from harness.errors import MalformedMessage
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
-from harness.registration import parse_auth_tag, parse_registration
 from harness.store import open_store
 from harness.tenant.alarm_routes import alarm_routes
 from harness.tenant.alarms_store import AlarmStore
+from harness.tenant.chain import chain_of
 from harness.tenant.challenges import Challenges
 from harness.tenant.client import ProviderClient, encode_baseline, only_authority, without_authority
 from harness.tenant.enrolment import HostEnroller
-from harness.tenant.guest_enrolment import GuestEnroller
-from harness.tenant.ports import Alarm
-from harness.tenant.registrar_store import GuestKeys, GuestRecord, PinnedHost, RegistrarStore
+from harness.tenant.enrolment_alarms import EnrolmentAlarms
+from harness.tenant.guest_routes import AGENTS, GuestRegistration
+from harness.tenant.host_intake import Connect, HostIntake
+from harness.tenant.registrar_store import GuestRecord, PinnedHost, RegistrarStore
 from harness.tenant.tables import SCHEMA, Base
 from harness.tls import certificate_requester, identities_of
 from harness.values import AgentId, HostId, parse_agent_id, parse_host_id
-from harness.web import Route, application, peer_of, read_json, read_object, serve
+from harness.web import Route, application, read_object, serve
 
-_ALARMS = (KeyChanged, CloneSuspected, CertificateRefused, UnacceptableKey)
-_ENROL_S = 120.0
+_ENROL_S = 600.0
+"""For all hosts of a provider: six per minute."""
+_REPLACE_S = 120.0
 _HOSTS_PATH = "/v1/hosts/"
-_REFUSALS = 4096
 _OPERATOR = frozenset({Role.TENANT_OPERATOR})
 _READERS = frozenset({Role.TENANT_OPERATOR, Role.TENANT_VERIFIER})
-_GUEST_AGENT = frozenset({Role.GUEST_AGENT})
 
 
 class Registrar:
@@ -66,7 +60,7 @@ class Registrar:
         store: what is pinned.
         alarms: for the operator.
         hosts: takes hosts through enrolment.
-        provider_tls: our certificate, and who may vouch for a provider.
+        connect: to provider verifiers.
         now: seconds since the epoch.
     """
 
@@ -75,73 +69,70 @@ class Registrar:
         store: RegistrarStore,
         alarms: AlarmStore,
         hosts: HostEnroller,
-        provider_tls: TlsSettings,
+        connect: Connect,
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
+        told = EnrolmentAlarms(alarms, now=now)
         self._store = store
         self._alarms = alarms
-        self._hosts = hosts
-        self._guests = GuestEnroller(store)
-        self._provider_tls = provider_tls
+        self._hosts = HostIntake(store, hosts, told, connect)
+        self._guests = GuestRegistration(store, told)
         self._now = now
-        self._refused: dict[AgentId, dict[str, str]] = {}
 
     @property
     def routes(self) -> list[Route]:
         """Calls of operators, the verifier and guest agents."""
-        agents = r"/{version:v2\.[1-6]}/agents"
         return [
             Route("POST", "/v1/hosts", self._add_host, roles=_OPERATOR, deadline_s=_ENROL_S),
             Route("GET", "/v1/hosts", self._list_hosts, roles=_READERS),
             Route("GET", "/v1/hosts/{host_id}", self._show_host, roles=_READERS),
+            Route("PUT", "/v1/hosts/{host_id}/re-enrol", self._replace_host, roles=_OPERATOR, deadline_s=_REPLACE_S),
             Route("DELETE", "/v1/hosts/{host_id}", self._remove_host, roles=_OPERATOR),
             Route("POST", "/v1/guests", self._state_guest, roles=_OPERATOR),
             Route("GET", "/v1/guests", self._list_guests, roles=_READERS),
             Route("GET", "/v1/guests/{agent_id}", self._show_guest, roles=_READERS),
+            Route("PUT", "/v1/guests/{agent_id}/re-enrol", self._restate_guest, roles=_OPERATOR),
             Route("DELETE", "/v1/guests/{agent_id}", self._remove_guest, roles=_OPERATOR),
+            Route("DELETE", AGENTS + "/{agent_id}", self._remove_guest, roles=_OPERATOR),
             *alarm_routes(self._alarms, now=self._now),
-            Route("GET", agents, self._list_agents, roles=_READERS),
-            Route("GET", agents + "/{agent_id}", self._show_agent, roles=_READERS),
-            Route("DELETE", agents + "/{agent_id}", self._remove_guest, roles=_OPERATOR),
-            Route("POST", agents + "/{agent_id}", self._register, roles=_GUEST_AGENT),
-            Route("PUT", agents + "/{agent_id}", self._activate, roles=_GUEST_AGENT),
-            Route("PUT", agents + "/{agent_id}/activate", self._activate, roles=_GUEST_AGENT),
+            *self._guests.routes,
         ]
 
     # --- hosts --------------------------------------------------------------------------------------------
 
     async def _add_host(self, request: web.Request) -> object:
-        body = await read_object(request, members={"url"})
+        body = await read_object(request, members={"url", "reason"})
         url = body.get("url")
         if not isinstance(url, str) or not url.startswith("https://"):
             raise MalformedMessage("url must be the https address of a provider verifier")
+        reason = parse_reason(body.get("reason"), required=False)
         base, _, named = url.partition(_HOSTS_PATH)
-        async with PeerClient(self._provider_tls, base) as peer:
-            access = ProviderClient(peer)
-            ids = [parse_host_id(named.rstrip("/"))] if named else await access.hosts()
-            if not ids:
-                raise NotFound("the provider lists no host on which this tenant has an allowlist")
-            return {"hosts": [await self._enrol(base, host_id, access) for host_id in ids]}
-
-    async def _enrol(self, url: str, host_id: HostId, access: ProviderClient) -> dict[str, object]:
-        try:
-            pinned = await self._store.pin_host(await self._hosts.enrol(url, host_id, access))
-        except EnrolmentError as error:
-            if isinstance(error, _ALARMS):
-                await self._raise_alarm(error, host_id=str(host_id))
-            raise
-        events.emit("host_enrolled", host_id=str(host_id), url=url)
-        return _host(pinned)
+        only = parse_host_id(named.rstrip("/")) if named else None
+        hosts = await self._hosts.add(
+            base, only, lambda host_id: act(request, "host-add", host_id, reason=reason, at=self._now())
+        )
+        return {"hosts": [_host(host) for host in hosts]}
 
     async def _list_hosts(self, _request: web.Request) -> object:
         return {"hosts": [_host(host) for host in await self._store.hosts()]}
 
     async def _show_host(self, request: web.Request) -> object:
-        return _host(await self._store.host(parse_host_id(request.match_info["host_id"])))
+        return _host(await self._store.host(_host_id(request)))
+
+    async def _replace_host(self, request: web.Request) -> object:
+        host_id = _host_id(request)
+        body = await read_object(request, members={"reason"})
+        reason = parse_reason(body.get("reason"))
+        entry = act(request, "host-re-enrol", host_id, reason=reason, at=self._now())
+        host, stated = await self._hosts.replace(host_id, entry)
+        for agent_id in stated:
+            self._guests.forget(agent_id)
+        return {**_host(host), "stated": [str(agent_id) for agent_id in stated]}
 
     async def _remove_host(self, request: web.Request) -> object:
-        await self._store.remove_host(parse_host_id(request.match_info["host_id"]))
+        host_id, reason = _host_id(request), query_reason(request)
+        await self._store.remove_host(host_id, act(request, "host-remove", host_id, reason=reason, at=self._now()))
         return {}
 
     # --- guests -------------------------------------------------------------------------------------------
@@ -158,13 +149,25 @@ class Registrar:
         return {"guests": [self._guest(record) for record in await self._store.guests()]}
 
     async def _show_guest(self, request: web.Request) -> object:
-        return self._guest(await self._store.guest(_agent_id(request)))
+        record = await self._store.guest(_agent_id(request))
+        keys, host = record.keys, await self._store.host(record.host_id)
+        return {**self._guest(record), "chain": [] if keys is None else chain_of(record.agent_id, keys, host)}
+
+    async def _restate_guest(self, request: web.Request) -> object:
+        agent_id = _agent_id(request)
+        body = await read_object(request, members={"reason", "host_id"})
+        reason, to = parse_reason(body.get("reason")), body.get("host_id")
+        if to is not None and not isinstance(to, str):
+            raise MalformedMessage("host_id must be text")
+        entry = act(request, "guest-re-enrol", agent_id, reason=reason, at=self._now())
+        record = await self._store.restate_guest(agent_id, None if to is None else parse_host_id(to), entry)
+        self._guests.forget(agent_id)
+        return self._guest(record)
 
     async def _remove_guest(self, request: web.Request) -> object:
-        agent_id = _agent_id(request)
-        await self._store.remove_guest(agent_id)
+        agent_id, reason = _agent_id(request), query_reason(request)
+        await self._store.remove_guest(agent_id, act(request, "guest-remove", agent_id, reason=reason, at=self._now()))
         self._guests.forget(agent_id)
-        self._refused.pop(agent_id, None)
         return {}
 
     def _guest(self, record: GuestRecord) -> dict[str, object]:
@@ -173,82 +176,16 @@ class Registrar:
             "host_id": str(record.host_id),
             "state": "stated" if record.keys is None else "active",
             "registrations": record.registrations,
-            "refused": self._refused.get(record.agent_id),
+            "refused": self._guests.refusal(record.agent_id),
         }
-
-    # --- Keylime's registrar ------------------------------------------------------------------------------
-
-    async def _list_agents(self, _request: web.Request) -> object:
-        return {"uuids": [str(record.agent_id) for record in await self._store.guests() if record.keys is not None]}
-
-    async def _show_agent(self, request: web.Request) -> object:
-        record = await self._store.guest(_agent_id(request))
-        if record.keys is None:
-            raise NotFound(f"guest {record.agent_id} has not registered yet")
-        keys = record.keys
-        return {
-            "aik_tpm": _base64(keys.ak),
-            "ek_tpm": _base64(keys.ek),
-            "ekcert": _base64(keys.ek_certificate),
-            "mtls_cert": keys.mtls_cert,
-            "ip": keys.ip,
-            "port": keys.port,
-            "regcount": record.registrations,
-            "host_id": str(record.host_id),
-        }
-
-    async def _register(self, request: web.Request) -> object:
-        agent_id = _own_agent_id(request)
-        try:
-            asked = parse_registration(await read_json(request))
-            keys = GuestKeys(
-                ek=asked.ek.marshal(),
-                ek_certificate=asked.ek_certificate,
-                ak=asked.ak.marshal(),
-                mtls_cert=asked.mtls_cert,
-                ip=asked.ip,
-                port=asked.port,
-            )
-            blob = await self._guests.register(agent_id, keys)
-        except EnrolmentError as error:
-            await self._keep_refusal(agent_id, error)
-            raise
-        return {"blob": _base64(blob)}
-
-    async def _activate(self, request: web.Request) -> object:
-        agent_id = _own_agent_id(request)
-        await self._guests.activate(agent_id, parse_auth_tag(await read_json(request)))
-        self._refused.pop(agent_id, None)
-        events.emit("guest_registered", agent_id=str(agent_id))
-        return {}
-
-    async def _keep_refusal(self, agent_id: AgentId, error: EnrolmentError) -> None:
-        refusal = {"error": type(error).__name__, "detail": error.detail}
-        if self._refused.get(agent_id) == refusal:
-            return  # an agent that tries again does not fill the operator's list
-        if len(self._refused) < _REFUSALS:
-            self._refused[agent_id] = refusal
-        if isinstance(error, _ALARMS):
-            await self._raise_alarm(error, agent_id=agent_id)
-
-    async def _raise_alarm(
-        self, error: HarnessError, *, agent_id: AgentId | None = None, host_id: str | None = None
-    ) -> None:
-        kind = type(error).__name__
-        events.emit("alarm", level="warning", kind=kind, agent_id=str(agent_id), host_id=host_id, detail=error.detail)
-        alarm = Alarm(kind=kind, agent_id=agent_id, host_id=host_id, detail=error.detail)
-        await self._alarms.add(alarm, self._now())
 
 
 def _agent_id(request: web.Request) -> AgentId:
     return parse_agent_id(request.match_info["agent_id"])
 
 
-def _own_agent_id(request: web.Request) -> AgentId:
-    agent_id = _agent_id(request)
-    if peer_of(request).name != str(agent_id):
-        raise AccessDenied("a guest agent registers the guest that its certificate names")
-    return agent_id
+def _host_id(request: web.Request) -> HostId:
+    return parse_host_id(request.match_info["host_id"])
 
 
 def _host(host: PinnedHost) -> dict[str, object]:
@@ -268,6 +205,21 @@ def _host(host: PinnedHost) -> dict[str, object]:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def over_tls(tls: TlsSettings) -> Connect:
+    """Connects to provider verifiers.
+
+    Args:
+        tls: our certificate, and who may vouch for a provider.
+    """
+
+    @asynccontextmanager
+    async def connect(url: str) -> AsyncIterator[ProviderClient]:
+        async with PeerClient(tls, url, roles={Role.PROVIDER_VERIFIER}) as peer:
+            yield ProviderClient(peer)
+
+    return connect
 
 
 class TenantRegistrar:
@@ -301,7 +253,7 @@ class TenantRegistrar:
                 RegistrarStore(store),
                 AlarmStore(store),
                 HostEnroller(roots, requester, Challenges()),
-                without_authority(settings.tls, settings.tenant),
+                over_tls(without_authority(settings.tls, settings.tenant)),
             )
             app = application("tenant-registrar", registrar.routes, identities_of(own_tls))
             async with serve(app, own_tls, sock or settings.listen) as server:

@@ -2,7 +2,7 @@
 
 Invariants:
     1. `KeyName` holds every pinned Name once: one key, one role, one owner, over all hosts and guests (DESIGN 3.6).
-    2. Keys of a pinned row are never updated; a change is deleting the row and enrolling again.
+    2. Keys of a pinned row change by an audited act of the operator only: a complete new enrolment.
     3. TPM values of 64 bits are decimal text: SQLite's integers have a sign.
 
 Owner: `registrar_store` (hosts, guests, key names, alarms) and `verifier_store` (agents, baselines, alarms). Both may

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness.attest import owner_qualified_name
+from harness.audit import AuditEntry
 from harness.credential import keylime_auth_tag
 from harness.errors import (
     CertificateRefused,
@@ -31,10 +32,11 @@ from harness.tenant.guest_enrolment import GuestEnroller
 from harness.tenant.registrar_store import GuestKeys, RegistrarStore
 from harness.tenant.tables import SCHEMA, Base
 from harness.values import AgentId, ClockBaseline, HostId
-from tests.support.enrolment_parties import NOW, PLATFORM_USE, SoftHost, SoftVtpm, Vendor, changed_attributes
+from tests.support.enrolment_parties import NOW, PLATFORM_USE, SoftHost, SoftVtpm, Vendor, changed_attributes, der
 
 AGENT, OTHER = AgentId(uuid.UUID(int=1 << 64)), AgentId(uuid.UUID(int=2 << 64))
 REQUESTER = hashlib.sha256(b"registrar").digest()
+ACT = AuditEntry(at=3.0, who="alice/tenant-operator/op", action="act", subject="x", reason="because")
 
 
 def enrolled(host: SoftHost, **changes: Any) -> EnrolledHost:
@@ -43,6 +45,7 @@ def enrolled(host: SoftHost, **changes: Any) -> EnrolledHost:
         url="https://provider",
         ek=host.ek,
         ek_certificate=b"certificate",
+        ek_chain=(der(host.vendor.issuing), der(host.vendor.root)),
         ak=host.ak,
         ak_qualified_name=owner_qualified_name(host.ak),
         ca=host.ca,
@@ -78,7 +81,7 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
     store = await open_store(f"sqlite+aiosqlite:///{tmp_path}/t.db", Base.metadata, component="tenant", version=SCHEMA)
     try:
         made = Registry(RegistrarStore(store))
-        await made.store.pin_host(enrolled(made.host))
+        await made.store.pin_host(enrolled(made.host), ACT)
         await made.store.state_guest(AGENT, made.host.host_id, 0.0)
         yield made
     finally:
@@ -211,7 +214,7 @@ async def test_another_vtpm_under_the_same_id_is_a_changed_key(registry: Registr
     changed_ak = replace(registry.keys(), ak=other.ak.marshal())
     with pytest.raises(KeyChanged):
         await registry.enroller.register(AGENT, changed_ak)
-    await registry.store.remove_guest(AGENT)
+    await registry.store.remove_guest(AGENT, ACT)
     await registry.store.state_guest(AGENT, registry.host.host_id, 0.0)
     await registry.register(other.keys(other.certified(AGENT, registry.host.ca_key)), vtpm=other)
 
@@ -244,7 +247,7 @@ async def test_two_guests_that_register_the_same_keys_at_once_do_not_both_win(re
 async def test_a_removed_guest_cannot_finish_its_registration(registry: Registry) -> None:
     """The operator removed it between POST and PUT."""
     blob = await registry.enroller.register(AGENT, registry.keys())
-    await registry.store.remove_guest(AGENT)
+    await registry.store.remove_guest(AGENT, ACT)
     with pytest.raises(NotFound):
         await registry.enroller.activate(AGENT, keylime_auth_tag(registry.vtpm.activate(blob), str(AGENT)))
 
@@ -258,14 +261,14 @@ async def test_a_host_with_other_keys_is_a_changed_key(registry: Registry) -> No
     other = SoftHost(registry.host.vendor, REQUESTER)
     for changes in ({"ak": other.ak}, {"ca": other.ca}, {"ek": other.ek}):
         with pytest.raises(KeyChanged):
-            await registry.store.pin_host(enrolled(registry.host, **changes))
+            await registry.store.pin_host(enrolled(registry.host, **changes), ACT)
     assert await registry.store.host(registry.host.host_id) == before
 
 
 async def test_enrolling_a_host_again_renews_its_baseline(registry: Registry) -> None:
     """An act of the operator, with all keys the same: the new certification's clock is the baseline."""
     baseline = ClockBaseline(clock=1, reset_count=2, restart_count=3, firmware_version=(1 << 64) - 1)
-    pinned = await registry.store.pin_host(enrolled(registry.host, baseline=baseline, enrolled_at=2.0))
+    pinned = await registry.store.pin_host(enrolled(registry.host, baseline=baseline, enrolled_at=2.0), ACT)
     assert (pinned.baseline, pinned.enrolled_at) == (baseline, 2.0)
     assert (await registry.store.hosts())[0].baseline == baseline
 
@@ -275,7 +278,7 @@ async def test_a_key_of_one_host_serves_no_other(registry: Registry, role: str) 
     """Uniqueness over hosts, whatever the role."""
     other = SoftHost(registry.host.vendor, REQUESTER)
     with pytest.raises(CloneSuspected):
-        await registry.store.pin_host(enrolled(other, **{role: getattr(registry.host, role)}))
+        await registry.store.pin_host(enrolled(other, **{role: getattr(registry.host, role)}), ACT)
     with pytest.raises(NotFound):
         await registry.store.host(other.host_id)
 
@@ -285,23 +288,23 @@ async def test_a_guests_key_is_no_hosts_key(registry: Registry) -> None:
     await registry.register(registry.keys())
     other = SoftHost(registry.host.vendor, REQUESTER)
     with pytest.raises(CloneSuspected):
-        await registry.store.pin_host(enrolled(other, ak=registry.vtpm.ak))
+        await registry.store.pin_host(enrolled(other, ak=registry.vtpm.ak), ACT)
 
 
 async def test_a_host_with_guests_is_not_removed(registry: Registry) -> None:
     """Guests first; afterwards its keys are free again."""
     with pytest.raises(Conflict):
-        await registry.store.remove_host(registry.host.host_id)
-    await registry.store.remove_guest(AGENT)
-    await registry.store.remove_host(registry.host.host_id)
+        await registry.store.remove_host(registry.host.host_id, ACT)
+    await registry.store.remove_guest(AGENT, ACT)
+    await registry.store.remove_host(registry.host.host_id, ACT)
     assert await registry.store.hosts() == []
-    await registry.store.pin_host(enrolled(registry.host))
+    await registry.store.pin_host(enrolled(registry.host), ACT)
 
 
 async def test_a_guest_does_not_move_between_hosts(registry: Registry) -> None:
     """Stating it on another host is refused; repeating the same statement changes nothing."""
     other = SoftHost(registry.host.vendor, REQUESTER)
-    await registry.store.pin_host(enrolled(other))
+    await registry.store.pin_host(enrolled(other), ACT)
     with pytest.raises(Conflict):
         await registry.store.state_guest(AGENT, other.host_id, 0.0)
     with pytest.raises(NotFound):

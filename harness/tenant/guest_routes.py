@@ -1,0 +1,135 @@
+"""Keylime's registrar API at the tenant's registrar: guests register themselves, verifier and operator read.
+
+Invariants:
+    1. A guest agent registers the guest that its certificate names, and no other.
+    2. Refusals of a guest are kept for the operator until it registers; the same refusal again is no new alarm.
+
+Owner: `registrar.Registrar`.
+
+Spec: DESIGN 3.6; Keylime registrar API; docs/protocol.md (tenant registrar).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from harness import events
+from harness.errors import AccessDenied, EnrolmentError, NotFound
+from harness.pki import Role
+from harness.registration import parse_auth_tag, parse_registration
+from harness.tenant.enrolment_alarms import EnrolmentAlarms
+from harness.tenant.guest_enrolment import GuestEnroller
+from harness.tenant.registrar_store import GuestKeys, RegistrarStore
+from harness.values import AgentId, parse_agent_id
+from harness.web import Route, peer_of, read_json
+
+AGENTS = r"/{version:v2\.[1-6]}/agents"
+_REFUSALS = 4096
+_READERS = frozenset({Role.TENANT_OPERATOR, Role.TENANT_VERIFIER})
+_GUEST_AGENT = frozenset({Role.GUEST_AGENT})
+
+
+class GuestRegistration:
+    """The calls.
+
+    Args:
+        store: what is pinned.
+        alarms: told about refusals.
+    """
+
+    def __init__(self, store: RegistrarStore, alarms: EnrolmentAlarms) -> None:
+        self._store = store
+        self._guests = GuestEnroller(store)
+        self._alarms = alarms
+        self._refused: dict[AgentId, dict[str, str]] = {}
+
+    @property
+    def routes(self) -> list[Route]:
+        """Calls of the verifier, operators and guest agents."""
+        return [
+            Route("GET", AGENTS, self._list, roles=_READERS),
+            Route("GET", AGENTS + "/{agent_id}", self._show, roles=_READERS),
+            Route("POST", AGENTS + "/{agent_id}", self._register, roles=_GUEST_AGENT),
+            Route("PUT", AGENTS + "/{agent_id}", self._activate, roles=_GUEST_AGENT),
+            Route("PUT", AGENTS + "/{agent_id}/activate", self._activate, roles=_GUEST_AGENT),
+        ]
+
+    def refusal(self, agent_id: AgentId) -> Mapping[str, str] | None:
+        """Why a guest was last refused, unless it has registered since."""
+        return self._refused.get(agent_id)
+
+    def forget(self, agent_id: AgentId) -> None:
+        """Burns a guest's open challenge, and forgets why it was refused."""
+        self._guests.forget(agent_id)
+        self._refused.pop(agent_id, None)
+
+    async def _list(self, _request: web.Request) -> object:
+        return {"uuids": [str(record.agent_id) for record in await self._store.guests() if record.keys is not None]}
+
+    async def _show(self, request: web.Request) -> object:
+        record = await self._store.guest(parse_agent_id(request.match_info["agent_id"]))
+        if record.keys is None:
+            raise NotFound(f"guest {record.agent_id} has not registered yet")
+        keys = record.keys
+        return {
+            "aik_tpm": _base64(keys.ak),
+            "ek_tpm": _base64(keys.ek),
+            "ekcert": _base64(keys.ek_certificate),
+            "mtls_cert": keys.mtls_cert,
+            "ip": keys.ip,
+            "port": keys.port,
+            "regcount": record.registrations,
+            "host_id": str(record.host_id),
+        }
+
+    async def _register(self, request: web.Request) -> object:
+        agent_id = _own_agent_id(request)
+        try:
+            asked = parse_registration(await read_json(request))
+            keys = GuestKeys(
+                ek=asked.ek.marshal(),
+                ek_certificate=asked.ek_certificate,
+                ak=asked.ak.marshal(),
+                mtls_cert=asked.mtls_cert,
+                ip=asked.ip,
+                port=asked.port,
+            )
+            blob = await self._guests.register(agent_id, keys)
+        except EnrolmentError as error:
+            await self._keep_refusal(agent_id, error)
+            raise
+        return {"blob": _base64(blob)}
+
+    async def _activate(self, request: web.Request) -> object:
+        agent_id = _own_agent_id(request)
+        auth_tag = parse_auth_tag(await read_json(request))
+        try:
+            await self._guests.activate(agent_id, auth_tag)
+        except EnrolmentError as error:
+            await self._keep_refusal(agent_id, error)
+            raise
+        self._refused.pop(agent_id, None)
+        events.emit("guest_registered", agent_id=str(agent_id))
+        return {}
+
+    async def _keep_refusal(self, agent_id: AgentId, error: EnrolmentError) -> None:
+        refusal = {"error": type(error).__name__, "detail": error.detail}
+        if self._refused.get(agent_id) == refusal:
+            return  # an agent that tries again does not fill the operator's list
+        if len(self._refused) < _REFUSALS:
+            self._refused[agent_id] = refusal
+        await self._alarms.tell(error, agent_id=agent_id)
+
+
+def _own_agent_id(request: web.Request) -> AgentId:
+    agent_id = parse_agent_id(request.match_info["agent_id"])
+    if peer_of(request).name != str(agent_id):
+        raise AccessDenied("a guest agent registers the guest that its certificate names")
+    return agent_id
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
