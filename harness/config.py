@@ -199,6 +199,7 @@ class HostSite(Settings):
     hardware_control: FilePath
     tpm_socket: FilePath
     local_socket: FilePath | None = None
+    chip: str = ""
 
 
 class ProviderSite(Settings):
@@ -210,7 +211,10 @@ class ProviderSite(Settings):
 
 
 class TenantSite(Settings):
-    """A tenant's services, its operator's certificate, where its rounds go, and its reference values."""
+    """A tenant's services, its operator's certificate, where its rounds go, its reference values, and its guests.
+
+    ``client`` is a certificate for asking the provider verifier oneself.
+    """
 
     registrar: Url
     verifier: Url
@@ -218,6 +222,8 @@ class TenantSite(Settings):
     operator: TlsSettings
     guest_policy: FilePath
     host_policy: FilePath
+    client: TlsSettings | None = None
+    guests: dict[Name, uuid.UUID] = Field(default_factory=dict)
 
 
 class SiteSettings(Settings):

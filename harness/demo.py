@@ -21,7 +21,8 @@ from harness.demo_report import draw
 from harness.errors import ConfigError
 from harness.lab import Lab
 from harness.lab_outcome import GuestOutcome
-from harness.lab_plan import DEFAULT_CHIP, LabPlan, plan, tampered
+from harness.lab_plan import LabPlan, plan, tampered
+from harness.lab_topology import DEFAULT_CHIP
 from harness.sim.profiles import load_profile
 
 _ACCEPTED, _REFUSED = 0, 1
@@ -72,7 +73,7 @@ def run(options: DemoOptions) -> int:
     """
     honest = plan(tenants=options.tenants, guests=options.guests, chip=options.chip or DEFAULT_CHIP)
     wanted = honest if options.tamper is None else tampered(honest, options.tamper)
-    _check_chip(wanted.chip)
+    _check_chip(wanted.hosts[0].chip)
     with _folder(options) as folder, _ended_in_order():
         result = asyncio.run(_demo(wanted, folder, options))
         if options.json:

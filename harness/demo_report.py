@@ -47,14 +47,14 @@ def _line(outcome: bool | None, text: str, detail: str = "") -> Text:
 def _tree(result: DemoResult) -> Tree:
     timings = result.timings_s
     root = Tree(_line(True, "TPM vendor root CA", "pinned by every tenant"))
-    ek = root.add(_line(True, "EK certificate, EK of the hardware TPM", f"chip {result.plan.chip}"))
+    ek = root.add(_line(True, "EK certificate, EK of the hardware TPM", f"chip {result.plan.hosts[0].chip}"))
     seconds = f"{timings['host_enrolment']:.1f} s for {len(result.plan.tenants)} tenants"
     ak = ek.add(_line(True, "AK activated and pinned by each tenant", f"host {result.host_id}, {seconds}"))
     ca = ak.add(_line(True, "vTPM CA key certified by the AK", "TPM2_Certify"))
     for tenant in result.plan.tenants:
-        branch = ca.add(Text(tenant, style="bold"))
+        branch = ca.add(Text(tenant.name, style="bold"))
         for outcome in result.outcomes:
-            if outcome.tenant == tenant:
+            if outcome.tenant == tenant.name:
                 _guest(branch, outcome)
     return root
 

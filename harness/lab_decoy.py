@@ -61,8 +61,8 @@ class Decoy:
 
         *Cancellation:* call `__aexit__`; the guest is left as it is.
         """
-        manager, uuid = self._files.host.guest_manager, str(self._guest.agent_id)
-        state = self._files.host.guests / uuid / "tpm"
+        host, uuid = self._files.host(self._guest.host), str(self._guest.agent_id)
+        manager, state = host.guest_manager, host.guests / uuid / "tpm"
         await ask(manager, {"op": "stop", "uuid": uuid}, deadline_s=_GUEST_S)
         self._elsewhere.mkdir(exist_ok=True, mode=0o700)
         await asyncio.to_thread(shutil.move, state, self._elsewhere / "tpm")
@@ -77,7 +77,7 @@ class Decoy:
             await tpm.startup()
             await replay(Scenario.load(self._guest.scenario), tpm)
         settings = config.load(self._image, config.GuestAgentSettings)
-        moved = settings.model_copy(update={"tcti": self._swtpm.tcti})
+        moved = settings.model_copy(update={"tcti": self._swtpm.tcti, "listen": config.Listen()})
         config.dump(moved, self._elsewhere / "agent.yml")
         log = self._files.log(f"agent-{self._guest.name}-elsewhere")
         self._agent = ServiceProcess("agent elsewhere", "guest-agent", self._elsewhere / "agent.yml", log)

@@ -27,7 +27,7 @@ class GuestOutcome:
         failed_check: number of the failed check (DESIGN 3.5), where a check failed.
         error: name of the error.
         detail: its sentence.
-        accepted: both layers were accepted and the payload released.
+        accepted: both layers were accepted, and the payload, where there is one, was released.
         payload_released: the verifier released V, or the guest holds the payload.
     """
 
@@ -59,13 +59,16 @@ class GuestOutcome:
         )
 
     @classmethod
-    def attested(cls, guest: GuestPlan, view: Mapping[str, Any], has_payload: bool) -> GuestOutcome:
+    def attested(
+        cls, guest: GuestPlan, view: Mapping[str, Any], has_payload: bool, *, expected: bool = True
+    ) -> GuestOutcome:
         """Outcome of a guest under attestation.
 
         Args:
             guest: of the plan.
             view: its verifier's answer.
             has_payload: whether the payload is in the guest.
+            expected: whether there is a payload.
         """
         released = bool(view["payload_released"])
         return cls(
@@ -77,7 +80,7 @@ class GuestOutcome:
             failed_check=view["failed_check"],
             error=view["error"],
             detail=view["detail"],
-            accepted=bool(view["attested"]) and released and has_payload,
+            accepted=bool(view["attested"]) and (not expected or (released and has_payload)),
             payload_released=released or has_payload,
         )
 

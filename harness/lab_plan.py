@@ -1,4 +1,4 @@
-"""What a lab shall consist of: tenants, guests, the chip below them, and what a hostile party changes.
+"""What a lab shall consist of: hosts, tenants, guests, and what a hostile party changes.
 
 A tamper case is a change of the plan: another image, another vTPM, a hostile provider in the path. Product code has no
 switch for any of them.
@@ -10,14 +10,60 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from harness.errors import ConfigError
-from harness.values import AgentId
+from harness.lab_record import LabRecord
+from harness.lab_topology import (
+    DEFAULT_CHIP,
+    TenantTopology,
+    Topology,
+    allowlist_of,
+    payload_of,
+    policy_of,
+)
+from harness.tenant.policy import Policy
+from harness.values import AgentId, PcrSelection
 
-DEFAULT_CHIP = "ifx-slb9670"
+DEMO_HOST = "host1"
+DEMO_PAYLOAD = b"the tenant's secret, released after both layers were accepted\n"
 _NAMES = ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi")
 _LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlan:
+    """A host: its chip's latency profile, what it boots, the kind of its AK."""
+
+    name: str
+    chip: str = DEFAULT_CHIP
+    scenario: str = "good"
+    ak: str = "rsa2048"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantPlan:
+    """A tenant.
+
+    Args:
+        name: of the tenant.
+        allowlist: what it may see of hosts.
+        host_policy: its reference values for hosts.
+        guest_policy: its reference values for its guests.
+        allow_reboots: whether a reset is reported instead of refused.
+        quote_interval_s: seconds between two rounds.
+        provider_quote_interval: a host quote in every Nth round.
+        payload: secret for each of its guests; None: nothing is released.
+    """
+
+    name: str
+    allowlist: PcrSelection
+    host_policy: Policy
+    guest_policy: Policy
+    allow_reboots: bool
+    quote_interval_s: float
+    provider_quote_interval: int
+    payload: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +74,7 @@ class GuestPlan:
         agent_id: its UUID.
         name: for people.
         tenant: who owns it.
+        host: where it runs.
         scenario: what it boots (``harness/sim/scenarios``).
         foreign_vtpm: its vTPM is manufactured with another CA than the host's.
         decoy: after its registration another vTPM takes its place on the host, and its own runs elsewhere.
@@ -36,6 +83,7 @@ class GuestPlan:
     agent_id: AgentId
     name: str
     tenant: str
+    host: str = DEMO_HOST
     scenario: str = "guest-good"
     foreign_vtpm: bool = False
     decoy: bool = False
@@ -43,27 +91,71 @@ class GuestPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabPlan:
-    """A lab with one host.
+    """A lab.
 
     Args:
-        tenants: their names.
+        hosts: all hosts of the provider.
+        tenants: all tenants.
         guests: all guests of all tenants.
-        chip: latency profile of the hardware TPM.
-        host_scenario: what the host boots.
         hostile: what the provider in the tenants' path does to host rounds; None: an honest provider verifier.
-        allow_reboots: the tenants' policy on host reboots.
     """
 
-    tenants: tuple[str, ...]
+    hosts: tuple[HostPlan, ...]
+    tenants: tuple[TenantPlan, ...]
     guests: tuple[GuestPlan, ...]
-    chip: str = DEFAULT_CHIP
-    host_scenario: str = "good"
     hostile: str | None = None
-    allow_reboots: bool = True
+
+    def tenant(self, name: str) -> TenantPlan:
+        """The tenant of this name, which is one of the plan's."""
+        return next(tenant for tenant in self.tenants if tenant.name == name)
+
+
+def plan_of(topology: Topology, record: LabRecord) -> LabPlan:
+    """Plan of the lab that a topology describes.
+
+    Args:
+        topology: as loaded (`load_topology` has looked at what it refers to).
+        record: gives a guest without a stated UUID the one that it had before.
+
+    Raises:
+        ConfigError: something that it refers to cannot be used any more.
+    """
+    only = next(iter(topology.hosts))
+    return LabPlan(
+        hosts=tuple(
+            HostPlan(name=name, chip=host.chip, scenario=host.scenario, ak=host.ak)
+            for name, host in topology.hosts.items()
+        ),
+        tenants=tuple(_tenant(name, tenant) for name, tenant in topology.tenants.items()),
+        guests=tuple(
+            GuestPlan(
+                agent_id=AgentId(guest.agent_id or record.agent_id(name)),
+                name=name,
+                tenant=tenant,
+                host=guest.host or only,
+                scenario=guest.scenario,
+            )
+            for tenant, of in topology.tenants.items()
+            for name, guest in of.guests.items()
+        ),
+    )
+
+
+def _tenant(name: str, topology: TenantTopology) -> TenantPlan:
+    return TenantPlan(
+        name=name,
+        allowlist=allowlist_of(topology),
+        host_policy=policy_of(topology.host_policy),
+        guest_policy=policy_of(topology.guest_policy),
+        allow_reboots=topology.allow_reboots,
+        quote_interval_s=topology.quote_interval_s,
+        provider_quote_interval=topology.provider_quote_interval,
+        payload=payload_of(topology),
+    )
 
 
 def plan(*, tenants: int, guests: int, chip: str = DEFAULT_CHIP) -> LabPlan:
-    """Honest lab.
+    """Honest lab of one host, for the demo.
 
     Args:
         tenants: number of tenants, 1 to 8.
@@ -83,7 +175,9 @@ def plan(*, tenants: int, guests: int, chip: str = DEFAULT_CHIP) -> LabPlan:
         for tenant in names
         for number in range(1, guests + 1)
     )
-    return LabPlan(tenants=names, guests=made, chip=chip)
+    like_any = _tenant("", TenantTopology())
+    owners = tuple(replace(like_any, name=name, payload=DEMO_PAYLOAD) for name in names)
+    return LabPlan(hosts=(HostPlan(name=DEMO_HOST, chip=chip),), tenants=owners, guests=made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +203,23 @@ def _first_guest(**changes: object) -> Callable[[LabPlan], LabPlan]:
     return change
 
 
-def _whole_lab(**changes: object) -> Callable[[LabPlan], LabPlan]:
-    return lambda honest: replace(honest, **changes)  # type: ignore[arg-type]
+def _host_boots(scenario: str) -> Callable[[LabPlan], LabPlan]:
+    return lambda honest: replace(honest, hosts=tuple(replace(host, scenario=scenario) for host in honest.hosts))
+
+
+def _provider_plays(mode: str, *, allow_reboots: bool = True) -> Callable[[LabPlan], LabPlan]:
+    def change(honest: LabPlan) -> LabPlan:
+        strict = tuple(replace(tenant, allow_reboots=allow_reboots) for tenant in honest.tenants)
+        return replace(honest, tenants=strict, hostile=mode)
+
+    return change
 
 
 TAMPER_CASES = {
     "host-kernel": TamperCase(
         what="the host booted another kernel",
         refused_by="host evidence, check 9",
-        change=_whole_lab(host_scenario="tampered-kernel"),
+        change=_host_boots("tampered-kernel"),
     ),
     "guest-kernel": TamperCase(
         what="one guest booted another kernel",
@@ -137,22 +239,22 @@ TAMPER_CASES = {
     "wrong-ak": TamperCase(
         what="the provider answers with another TPM's quote",
         refused_by="host evidence, check 6",
-        change=_whole_lab(hostile="wrong-ak"),
+        change=_provider_plays("wrong-ak"),
     ),
     "replay": TamperCase(
         what="the provider plays back a recorded answer",
         refused_by="host evidence, check 5",
-        change=_whole_lab(hostile="replay"),
+        change=_provider_plays("replay"),
     ),
     "strip": TamperCase(
         what="the provider answers a guest round with a host-only leaf",
         refused_by="host evidence, check 5",
-        change=_whole_lab(hostile="strip"),
+        change=_provider_plays("strip"),
     ),
     "reboot": TamperCase(
         what="the host was reset between guest quote and host quote",
         refused_by="host evidence, check 10",
-        change=_whole_lab(hostile="reboot", allow_reboots=False),
+        change=_provider_plays("reboot", allow_reboots=False),
     ),
 }
 """Name on the command line, and the case."""

@@ -35,17 +35,6 @@ PRELOADED = "harness.preload"
 _STOP_S = 5.0
 
 
-def bound_socket(host: str = "127.0.0.1") -> socket.socket:
-    """A listening TCP socket on a free port; the service that gets it answers there."""
-    return socket.create_server((host, 0), backlog=512)
-
-
-def url_of(sock: socket.socket) -> str:
-    """URL under which a bound socket is reached."""
-    host, port = sock.getsockname()[:2]
-    return f"https://{host}:{port}"
-
-
 def warm_up() -> None:
     """Starts the preloaded parent, so that it loads while the caller still does other things."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
@@ -127,8 +116,8 @@ class ServiceProcess:
             await _readable(self._pidfd)
         return self.exit_code
 
-    async def stop(self) -> None:
-        """Asks the service to end (SIGTERM), insists after five seconds (SIGKILL), and waits for its end.
+    async def stop(self, deadline_s: float = _STOP_S) -> None:
+        """Asks the service to end (SIGTERM), insists when that takes too long (SIGKILL), and waits for its end.
 
         *Cancellation:* the process is killed.
         """
@@ -136,7 +125,7 @@ class ServiceProcess:
             return
         try:
             self._signal(signal.SIGTERM)
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(deadline_s):
                 await _readable(self._pidfd)
         except TimeoutError:
             pass

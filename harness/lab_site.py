@@ -6,11 +6,16 @@ A lab plays every part, so the keys of all parties lie in one folder; the servic
 
     L/pki/<authority>/     ca.pem, ca.key, and what it issued
     L/vendor/              the simulated TPM vendor; tenants pin root.pem
-    L/h/                   the host: hardware TPM, agent, sockets (t: TPM, c: its control, l: agent, g: guest manager)
-    L/h/guests/<uuid>/     a guest: definition, vTPM, and its image (agent settings and certificate)
+    L/h/<host>/            a host: hardware TPM, agent, sockets (t: TPM, c: its control, l: agent, g: guest manager)
+    L/h/<host>/guests/<uuid>/   a guest: definition, vTPM, and its image (agent settings and certificate)
     L/p/  L/t/<tenant>/    databases and settings of the provider and of each tenant
     L/log/                 one log per process
+    L/run/                 the supervisor's socket
+    L/lab.json             ports and UUIDs (`lab_record`)
     L/site.yml             what the command line reads
+
+Invariants:
+    1. What is there stays: keys, certificates and databases are made once; settings are written anew from the plan.
 
 Spec: DESIGN 6 (labs), 7.
 """
@@ -19,152 +24,164 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness import config
 from harness.errors import ConfigError
-from harness.lab_plan import GuestPlan, LabPlan
-from harness.lab_processes import bound_socket, url_of
+from harness.lab_plan import GuestPlan, HostPlan, LabPlan, TenantPlan
+from harness.lab_record import LabRecord
+from harness.lab_topology import SITE_FILE
 from harness.pki import Authority, Role, now
-from harness.sim.boot import Scenario, reference_values
+from harness.private_file import write_private
 from harness.sim.vendor import ROOT_CERTIFICATE, open_vendor
 from harness.swtpm import SOCKET_PATH_LIMIT
-from harness.tenant.policy import Policy
-from harness.values import HashAlg
 
 PROVIDER = "provider"
-HOST = "host1"
-SITE = "site.yml"
-BANK = HashAlg.SHA256
-ALLOWLIST = tuple(range(16))
-"""What a tenant of the lab may see of the host (DESIGN 3.1)."""
-GOOD_HOST, GOOD_GUEST = "good", "guest-good"
-_LONGEST_SOCKET = "/h/guests/00000000-0000-0000-0000-000000000000/s.ctrl"
+_ADDRESS = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceFile:
-    """A service to start: its name in the lab, the service, its settings file, and its listening socket."""
+    """A service of the lab.
+
+    Args:
+        name: in the lab, unique.
+        service: for `harness.serve`.
+        config: its settings file.
+        text: what is in that file: a change of it is a change of the service.
+        state_dir: where it keeps what must survive.
+        url: where it answers; None for one with UNIX sockets only.
+        powered: control socket of the hardware TPM that must be on before it starts.
+        stop_s: how long it may take to end in order.
+    """
 
     name: str
     service: str
     config: Path
-    sock: socket.socket | None = field(default=None, compare=False)
+    text: str
+    state_dir: Path
+    url: str | None = None
+    powered: Path | None = None
+    stop_s: float = 6.0
 
 
 class LabSite:
     """Writes the folder.
 
     Args:
-        folder: of the lab; made when it is not there.
+        folder: of the lab, as `lab_folder.open_folder` gives it.
         plan: what the lab consists of.
 
     Raises:
-        ConfigError: the folder's path is too long for the sockets in it, or it holds a lab already.
+        ConfigError: the folder holds something that cannot be used.
     """
 
     def __init__(self, folder: Path, plan: LabPlan) -> None:
-        self.folder = folder.resolve()
+        self.folder = folder
         self.plan = plan
-        if len(os.fsencode(self.folder)) + len(_LONGEST_SOCKET) > SOCKET_PATH_LIMIT:
-            raise ConfigError(f"{self.folder}: this path is too long for UNIX sockets; choose a shorter folder")
-        if (self.folder / SITE).exists():
-            raise ConfigError(f"{self.folder}: holds a lab already; remove it or choose another folder")
-        for part in ("log", "h/agent", "h/guests", "p"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.authorities = {name: Authority.create(f"{name} CA") for name in (PROVIDER, *plan.tenants)}
-        for name, authority in self.authorities.items():
-            authority.write(self.folder / "pki" / name)
-        open_vendor(self.folder / "vendor", name="Simulated TPM vendor", now=now())
-        self._sockets = {name: bound_socket() for name in self._listeners()}
-        self.urls = {name: url_of(sock) for name, sock in self._sockets.items()}
-
-    def _listeners(self) -> list[str]:
-        shared = ["host-agent", "provider-registrar", "provider-verifier"]
-        hostile = ["hostile-provider"] if self.plan.hostile else []
-        return (
-            shared
-            + hostile
-            + [f"{tenant}-{part}" for tenant in self.plan.tenants for part in ("registrar", "verifier")]
-        )
-
-    @property
-    def host(self) -> config.HostSite:
-        """Where the parts of the host are reached."""
-        h = self.folder / "h"
-        return config.HostSite(
-            agent=self.urls["host-agent"],
-            guest_manager=h / "g",
-            guests=h / "guests",
-            hardware_control=h / "c",
-            tpm_socket=h / "t",
-        )
-
-    @property
-    def provider_verifier(self) -> str:
-        """Where the tenants' host rounds go; a hostile provider sits in between."""
-        return self.urls["hostile-provider" if self.plan.hostile else "provider-verifier"]
+        self._record = LabRecord(folder)
+        longest = max((len(host.name) for host in plan.hosts), default=0)
+        if len(os.fsencode(folder)) + longest + 54 > SOCKET_PATH_LIMIT:
+            raise ConfigError(f"{folder}: this path is too long for UNIX sockets; choose a shorter folder")
+        for part in ("log", "run", "p"):
+            (folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+        names = (PROVIDER, *(tenant.name for tenant in plan.tenants))
+        self.authorities = {name: _authority(folder / "pki" / name, name) for name in names}
+        open_vendor(folder / "vendor", name="Simulated TPM vendor", now=now())
 
     def log(self, name: str) -> Path:
         """Log of a process."""
         return self.folder / "log" / f"{name}.log"
 
+    def url(self, name: str) -> str:
+        """Where a service of the lab answers, now and after each restart."""
+        return f"https://{_ADDRESS}:{self._record.port(name)}"
+
+    def host(self, name: str) -> config.HostSite:
+        """Where the parts of a host are reached."""
+        h = self.folder / "h" / name
+        return config.HostSite(
+            agent=self.url(f"{name}-agent"),
+            guest_manager=h / "g",
+            guests=h / "guests",
+            hardware_control=h / "c",
+            tpm_socket=h / "t",
+            local_socket=h / "l",
+            chip=next((host.chip for host in self.plan.hosts if host.name == name), ""),
+        )
+
+    @property
+    def provider_verifier(self) -> str:
+        """Where the tenants' host rounds go; a hostile provider sits in between."""
+        return self.url("hostile-provider" if self.plan.hostile else "provider-verifier")
+
     def tls(self, authority: str, role: Role, name: str, *, trusts: tuple[str, ...]) -> config.TlsSettings:
-        """Certificate of one party, newly issued, and the authorities that it trusts."""
-        issued = self.authorities[authority].issue(role, name)
-        certificate, key = issued.write(self.folder / "pki" / authority, f"{role.value}-{name}")
+        """Certificate of one party, issued once, and the authorities that it trusts."""
+        folder, stem = self.folder / "pki" / authority, f"{role.value}-{name}"
+        certificate, key = folder / f"{stem}.pem", folder / f"{stem}.key"
+        if not (certificate.exists() and key.exists()):
+            certificate, key = self.authorities[authority].issue(role, name).write(folder, stem)
         trusted = {other: self.folder / "pki" / other / "ca.pem" for other in trusts}
         return config.TlsSettings(certificate=certificate, key=key, authorities=trusted)
 
-    # --- settings -----------------------------------------------------------------------------------------
+    # --- services -----------------------------------------------------------------------------------------
 
-    def hardware(self) -> ServiceFile:
-        """The hardware TPM."""
-        h = self.folder / "h"
-        settings = config.HardwareTpmSettings(
-            state_dir=h,
-            socket=h / "t",
-            control=h / "c",
-            chip=self.plan.chip,
-            scenario=self.plan.host_scenario,
-            vendor_ca=self.folder / "vendor",
-        )
-        return self._file("hardware-tpm", "hardware-tpm", h / "hardware.yml", settings)
+    def services(self) -> list[ServiceFile]:
+        """Writes the settings of all services; in the order in which they are started."""
+        hosts = [self._host_services(host) for host in self.plan.hosts]
+        tenants = [service for tenant in self.plan.tenants for service in self._tenant_services(tenant)]
+        hardware = [services[0] for services in hosts]
+        others = [service for services in hosts for service in services[1:]]
+        return [*hardware, *self._provider_services(), *tenants, *self._hostile(), *others]
 
-    def provider(self) -> list[ServiceFile]:
-        """The provider's services on its own machines."""
+    def _provider_services(self) -> list[ServiceFile]:
         p = self.folder / "p"
         database = f"sqlite+aiosqlite:///{p / 'provider.db'}"
         registrar = config.ProviderRegistrarSettings(
-            tls=self.tls(PROVIDER, Role.PROVIDER_REGISTRAR, "registrar", trusts=(PROVIDER,)), database=database
+            listen=self._listen("provider-registrar"),
+            tls=self.tls(PROVIDER, Role.PROVIDER_REGISTRAR, "registrar", trusts=(PROVIDER,)),
+            database=database,
         )
         verifier = config.ProviderVerifierSettings(
-            tls=self.tls(PROVIDER, Role.PROVIDER_VERIFIER, "verifier", trusts=(PROVIDER,)), database=database
+            listen=self._listen("provider-verifier"),
+            tls=self.tls(PROVIDER, Role.PROVIDER_VERIFIER, "verifier", trusts=(PROVIDER,)),
+            database=database,
         )
         return [
-            self._file("provider-registrar", "provider-registrar", p / "registrar.yml", registrar),
-            self._file("provider-verifier", "provider-verifier", p / "verifier.yml", verifier),
+            self._file("provider-registrar", "provider-registrar", p / "registrar.yml", registrar, p),
+            self._file("provider-verifier", "provider-verifier", p / "verifier.yml", verifier, p),
         ]
 
-    def host_services(self) -> list[ServiceFile]:
-        """Host agent and guest manager."""
-        h = self.folder / "h"
+    def _host_services(self, host: HostPlan) -> list[ServiceFile]:
+        """Hardware TPM, host agent and guest manager of one host."""
+        h, name = self.folder / "h" / host.name, host.name
+        for part in (h / "agent", h / "guests"):
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
+        hardware = config.HardwareTpmSettings(
+            state_dir=h,
+            socket=h / "t",
+            control=h / "c",
+            chip=host.chip,
+            scenario=host.scenario,
+            vendor_ca=self.folder / "vendor",
+        )
         agent = config.HostAgentSettings(
-            tls=self.tls(PROVIDER, Role.HOST_AGENT, HOST, trusts=(PROVIDER,)),
-            name=HOST,
+            listen=self._listen(f"{name}-agent"),
+            tls=self.tls(PROVIDER, Role.HOST_AGENT, name, trusts=(PROVIDER,)),
+            name=name,
             tcti=f"swtpm:path={h / 't'}",
             state_dir=h / "agent",
             database=f"sqlite+aiosqlite:///{h / 'agent' / 'host.db'}",
             local_socket=h / "l",
             guest_manager=h / "g",
             peer_uids=[os.getuid()],
-            registrar=self.urls["provider-registrar"],
-            public_url=self.urls["host-agent"],
+            ak="ecc256" if host.ak == "ecc256" else "rsa2048",
+            registrar=self.url("provider-registrar"),
+            public_url=self.url(f"{name}-agent"),
         )
-        tool, tool_config = self.certificate_tool()
+        tool, tool_config = self._certificate_tool(h)
         manager = config.GuestManagerSettings(
             state_dir=h / "guests",
             socket=h / "g",
@@ -174,89 +191,88 @@ class LabSite:
             logs=self.folder / "log",
         )
         return [
-            self._file("host-agent", "host-agent", h / "agent.yml", agent),
-            self._file("guest-manager", "guest-manager", h / "manager.yml", manager),
+            self._file(f"{name}-tpm", "hardware-tpm", h / "hardware.yml", hardware, h),
+            self._file(f"{name}-agent", "host-agent", h / "agent.yml", agent, h / "agent", powered=h / "c"),
+            self._file(f"{name}-guests", "guest-manager", h / "manager.yml", manager, h / "guests", stop_s=30.0),
         ]
 
-    def tenants(self) -> list[ServiceFile]:
-        """Registrar and verifier of every tenant."""
-        return [file for tenant in self.plan.tenants for file in self._tenant(tenant)]
-
-    def _tenant(self, tenant: str) -> list[ServiceFile]:
-        t = self.folder / "t" / tenant
-        t.mkdir(parents=True, mode=0o700)
-        (t / "guest-policy.json").write_text(json.dumps(policy_of(GOOD_GUEST).encode()))
-        (t / "host-policy.json").write_text(json.dumps(policy_of(GOOD_HOST).encode()))
-        trusts = (tenant, PROVIDER)
+    def _tenant_services(self, tenant: TenantPlan) -> list[ServiceFile]:
+        """Registrar and verifier of one tenant, and its reference values."""
+        name = tenant.name
+        t = self.folder / "t" / name
+        t.mkdir(parents=True, exist_ok=True, mode=0o700)
+        trusts = (name, PROVIDER)
         registrar = config.TenantRegistrarSettings(
-            tls=self.tls(tenant, Role.TENANT_REGISTRAR, tenant, trusts=trusts),
-            tenant=tenant,
+            listen=self._listen(f"{name}-registrar"),
+            tls=self.tls(name, Role.TENANT_REGISTRAR, name, trusts=trusts),
+            tenant=name,
             database=f"sqlite+aiosqlite:///{t / 'registrar.db'}",
             vendor_roots=[self.folder / "vendor" / ROOT_CERTIFICATE],
         )
         verifier = config.TenantVerifierSettings(
-            tls=self.tls(tenant, Role.TENANT_VERIFIER, tenant, trusts=trusts),
-            tenant=tenant,
+            listen=self._listen(f"{name}-verifier"),
+            tls=self.tls(name, Role.TENANT_VERIFIER, name, trusts=trusts),
+            tenant=name,
             database=f"sqlite+aiosqlite:///{t / 'verifier.db'}",
-            registrar=self.urls[f"{tenant}-registrar"],
+            registrar=self.url(f"{name}-registrar"),
         )
         return [
-            self._file(f"{tenant}-registrar", "tenant-registrar", t / "registrar.yml", registrar),
-            self._file(f"{tenant}-verifier", "tenant-verifier", t / "verifier.yml", verifier),
+            self._file(f"{name}-registrar", "tenant-registrar", t / "registrar.yml", registrar, t),
+            self._file(f"{name}-verifier", "tenant-verifier", t / "verifier.yml", verifier, t),
         ]
 
-    def hostile(self) -> list[ServiceFile]:
-        """The provider that lies, where the plan has one."""
+    def _hostile(self) -> list[ServiceFile]:
+        """The provider that lies, where the plan has one; it plays with the first host."""
         if self.plan.hostile is None:
             return []
+        x, host = self.folder / "x", self.plan.hosts[0].name
+        trusts = (PROVIDER, *(tenant.name for tenant in self.plan.tenants))
         settings = config.HostileProviderSettings.model_validate(
             {
-                "tls": self.tls(PROVIDER, Role.PROVIDER_VERIFIER, "hostile", trusts=(PROVIDER, *self.plan.tenants)),
+                "tls": self.tls(PROVIDER, Role.PROVIDER_VERIFIER, "hostile", trusts=trusts),
                 "mode": self.plan.hostile,
-                "state_dir": self.folder / "x",
-                "host_agent": self.urls["host-agent"],
-                "registrar": self.urls["provider-registrar"],
+                "state_dir": x,
+                "host_agent": self.url(f"{host}-agent"),
+                "registrar": self.url("provider-registrar"),
                 "operator": self.tls(PROVIDER, Role.PROVIDER_OPERATOR, "hostile", trusts=(PROVIDER,)),
-                "hardware_control": self.folder / "h" / "c",
+                "hardware_control": self.folder / "h" / host / "c",
             }
         )
-        return [self._file("hostile-provider", "hostile-provider", self.folder / "x" / "hostile.yml", settings)]
+        return [self._file("hostile-provider", "hostile-provider", x / "hostile.yml", settings, x, listens=True)]
+
+    # --- what commands read -------------------------------------------------------------------------------
 
     def site(self) -> config.SiteSettings:
         """Writes ``site.yml`` and returns it."""
         settings = config.SiteSettings(
             pki=self.folder / "pki",
             provider=config.ProviderSite(
-                registrar=self.urls["provider-registrar"],
-                verifier=self.urls["provider-verifier"],
+                registrar=self.url("provider-registrar"),
+                verifier=self.url("provider-verifier"),
                 operator=self.tls(PROVIDER, Role.PROVIDER_OPERATOR, "operator", trusts=(PROVIDER,)),
             ),
-            hosts={HOST: self.host},
-            tenants={tenant: self._tenant_site(tenant) for tenant in self.plan.tenants},
+            hosts={host.name: self.host(host.name) for host in self.plan.hosts},
+            tenants={tenant.name: self._tenant_site(tenant) for tenant in self.plan.tenants},
         )
-        config.dump(settings, self.folder / SITE)
+        config.dump(settings, self.folder / SITE_FILE)
         return settings
 
-    def _tenant_site(self, tenant: str) -> config.TenantSite:
-        t = self.folder / "t" / tenant
+    def _tenant_site(self, tenant: TenantPlan) -> config.TenantSite:
+        name = tenant.name
+        t = self.folder / "t" / name
+        policies = {"guest-policy.json": tenant.guest_policy, "host-policy.json": tenant.host_policy}
+        for file, policy in policies.items():
+            write_private(t / file, json.dumps(policy.encode()).encode())
         return config.TenantSite(
-            registrar=self.urls[f"{tenant}-registrar"],
-            verifier=self.urls[f"{tenant}-verifier"],
+            registrar=self.url(f"{name}-registrar"),
+            verifier=self.url(f"{name}-verifier"),
             provider_verifier=self.provider_verifier,
-            operator=self.tls(tenant, Role.TENANT_OPERATOR, "operator", trusts=(tenant,)),
+            operator=self.tls(name, Role.TENANT_OPERATOR, "operator", trusts=(name,)),
             guest_policy=t / "guest-policy.json",
             host_policy=t / "host-policy.json",
+            client=self.tls(name, Role.TENANT_VERIFIER, "client", trusts=(PROVIDER,)),
+            guests={guest.name: guest.agent_id for guest in self.plan.guests if guest.tenant == name},
         )
-
-    def certificate_tool(self) -> tuple[Path, Path]:
-        """The host's create_certs_tool and its configuration: `provider.localca` under this interpreter."""
-        import harness.provider.localca as localca
-
-        tool, tool_config = self.folder / "h" / "localca", self.folder / "h" / "localca.conf"
-        tool.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {localca.__file__} "$@"\n')
-        tool.chmod(0o700)
-        tool_config.write_text(f"socket = {self.folder / 'h' / 'l'}\n")
-        return tool, tool_config
 
     def foreign_tool(self) -> dict[str, str]:
         """A create_certs_tool that signs with a CA of its own: a vTPM made elsewhere (`attacks.foreign_ca`)."""
@@ -270,9 +286,53 @@ class LabSite:
         tool_config.write_text("")
         return {"tool": str(tool), "config": str(tool_config)}
 
-    def _file(self, name: str, service: str, path: Path, settings: config.Settings) -> ServiceFile:
+    @staticmethod
+    def _certificate_tool(h: Path) -> tuple[Path, Path]:
+        """A host's create_certs_tool and its configuration: `provider.localca` under this interpreter."""
+        import harness.provider.localca as localca
+
+        tool, tool_config = h / "localca", h / "localca.conf"
+        tool.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {localca.__file__} "$@"\n')
+        tool.chmod(0o700)
+        tool_config.write_text(f"socket = {h / 'l'}\n")
+        return tool, tool_config
+
+    def _listen(self, name: str) -> config.Listen:
+        return config.Listen(host=_ADDRESS, port=self._record.port(name))
+
+    def _file(
+        self,
+        name: str,
+        service: str,
+        path: Path,
+        settings: config.Settings,
+        state_dir: Path,
+        *,
+        powered: Path | None = None,
+        stop_s: float = 6.0,
+        listens: bool = False,
+    ) -> ServiceFile:
         config.dump(settings, path)
-        return ServiceFile(name, service, path, self._sockets.get(name))
+        url = self.url(name) if listens or hasattr(settings, "listen") else None
+        text = path.read_text(encoding="utf-8")
+        return ServiceFile(
+            name=name,
+            service=service,
+            config=path,
+            text=text,
+            state_dir=state_dir,
+            url=url,
+            powered=powered,
+            stop_s=stop_s,
+        )
+
+
+def _authority(folder: Path, name: str) -> Authority:
+    if (folder / "ca.pem").exists():
+        return Authority.load(folder)
+    made = Authority.create(f"{name} CA")
+    made.write(folder)
+    return made
 
 
 def write_image(site: config.SiteSettings, guest: GuestPlan, host: str) -> Path:
@@ -297,6 +357,7 @@ def write_image(site: config.SiteSettings, guest: GuestPlan, host: str) -> Path:
     certificate, key = issued.write(image, "agent")
     trusted = {name: site.pki / name / "ca.pem" for name in (guest.tenant, PROVIDER)}
     settings = config.GuestAgentSettings(
+        listen=config.Listen(host=_ADDRESS, port=LabRecord(site.pki.parent).port(f"agent-{guest.name}")),
         tls=config.TlsSettings(certificate=certificate, key=key, authorities=trusted),
         tenant=guest.tenant,
         agent_id=guest.agent_id,
@@ -308,8 +369,3 @@ def write_image(site: config.SiteSettings, guest: GuestPlan, host: str) -> Path:
     path = image / "agent.yml"
     config.dump(settings, path)
     return path
-
-
-def policy_of(scenario: str) -> Policy:
-    """Reference values that follow from a boot scenario, in the lab's bank."""
-    return Policy.of(BANK, reference_values(Scenario.load(scenario), BANK))

@@ -124,7 +124,7 @@ def test_an_interrupted_demo_leaves_neither_files_nor_processes(number: signal.S
 
 def _until_manufacturing(folder: Path, demo: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 60
-    while not list(folder.glob("hl*/h/guests/*/.tpm-new")):
+    while not list(folder.glob("hl*/h/*/guests/*/.tpm-new")):
         assert demo.poll() is None
         assert time.monotonic() < until, "no vTPM is being manufactured"
         time.sleep(0.01)
