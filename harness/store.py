@@ -1,37 +1,39 @@
 """Databases: transactions that do not overtake each other, typed errors, a schema version.
 
-SQLite in a file by default; any URL that SQLAlchemy's asyncio supports. Tables live with their owners
-(``provider/tables.py``, ``tenant/tables.py``).
+SQLite in a file by default, PostgreSQL by URL. Tables live with their owners (``provider/tables.py``,
+``tenant/tables.py``), and how they came to be in ``migrations/``.
 
 Invariants:
-    1. A database with another schema than the program's is refused, never written.
-    2. An error of the database is a StoreError; an error of the caller inside a transaction rolls it back.
+    1. A database with an older schema is migrated before it is used; one with a newer schema is refused, not written.
+    2. An error of the database is a StoreError that names it and says what to do; an error of the caller inside a
+       transaction rolls it back.
     3. Transactions are serialisable: what one has read is still true when it commits, or it fails.
     4. A SQLite file is readable by its owner only; no password of a URL gets into an error.
 
-Spec: SQLAlchemy 2 (asyncio; "Serializable isolation" of the pysqlite dialect); SQLite, write-ahead log.
+Spec: SQLAlchemy 2 (asyncio); docs/adr/0008 (schemas), docs/adr/0009 (one writer at a time).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import sqlite3
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 
-from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, event, insert, select, update
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import MetaData
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from harness.errors import StoreError
+from harness import events, store_file
+from harness.store_engine import engine_of
+from harness.store_errors import late, store_error
+from harness.store_file import Lease
+from harness.store_schema import MIGRATIONS, bring_to
 
-_BUSY_MS = 5000
 _DEADLINE_S = 20.0
+_MIGRATION_S = 600.0
 
 
 class Store:
@@ -39,11 +41,13 @@ class Store:
 
     Args:
         engine: connected to it.
+        lease: of its file, if it is one.
         deadline_s: for one transaction.
     """
 
-    def __init__(self, engine: AsyncEngine, *, deadline_s: float = _DEADLINE_S) -> None:
+    def __init__(self, engine: AsyncEngine, *, lease: Lease | None = None, deadline_s: float = _DEADLINE_S) -> None:
         self._engine = engine
+        self._lease = lease
         self._deadline_s = deadline_s
         self._sessions = async_sessionmaker(engine, expire_on_commit=False)
 
@@ -51,13 +55,14 @@ class Store:
     async def begin(self) -> AsyncIterator[AsyncSession]:
         """A session in a transaction: committed at the end, rolled back on an exception.
 
-        On SQLite it holds the database's one write lock: it is to be short, and waits for nothing but the database.
+        It holds the component's one lock: it is to be short, and waits for nothing but the database.
 
         Raises:
             StoreError: the database refuses, or is not done in time; the transaction is rolled back.
 
         *Cancellation:* the transaction is rolled back.
         """
+        url = self._engine.url
         try:
             async with asyncio.timeout(self._deadline_s) as deadline, self._sessions.begin() as session:
                 await self._connect(session)
@@ -65,127 +70,71 @@ class Store:
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            raise StoreError(f"{_name(self._engine.url)}: not done within {self._deadline_s:g} s") from error
+            raise late(url, self._deadline_s) from error
         except SQLAlchemyError as error:
-            raise StoreError(f"{_name(self._engine.url)}: {_reason(error)}") from error
+            raise store_error(url, error) from error
 
     async def _connect(self, session: AsyncSession) -> None:
+        if self._lease is not None:
+            self._lease.check()
         try:
             await session.connection()
         except OSError as error:  # a network's: the driver hands it on as it is
             if isinstance(error, TimeoutError):
                 raise
-            raise StoreError(f"{_name(self._engine.url)}: {_reason(error)}") from error
+            raise store_error(self._engine.url, error) from error
 
     async def close(self) -> None:
         """Closes all connections.
 
         *Cancellation:* they are being closed all the same.
         """
-        await self._engine.dispose()
+        try:
+            await self._engine.dispose()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
 
 
-async def open_store(url: str, metadata: MetaData, *, component: str, version: int) -> Store:
-    """Opens a database and makes the tables that it lacks.
+async def open_store(
+    url: str, metadata: MetaData, *, component: str, version: int, migrations: Path = MIGRATIONS
+) -> Store:
+    """Opens a database, made or brought to this program's schema where that is needed.
 
     Args:
         url: SQLAlchemy URL, for example ``sqlite+aiosqlite:////var/lib/harness/tenant.db``.
         metadata: the tables.
-        component: whose tables these are; several components may share a database.
-        version: schema version of this program.
+        component: whose tables these are; services of one component may share a database.
+        version: schema of this program.
+        migrations: folder with a folder of alembic revisions for each component.
 
     Raises:
-        StoreError: unusable URL, unreachable, read-only or corrupt database, or one with another schema.
+        StoreError: unusable URL, unreachable, read-only or corrupt database, or one with a newer schema.
 
-    *Cancellation:* nothing is left open.
+    *Cancellation:* nothing is left open; a migration that was under way has not happened.
     """
-    parsed, engine = _engine(url)
+    parsed, engine = engine_of(url, component)
+    lease = None
     try:
-        async with asyncio.timeout(_DEADLINE_S):
-            await asyncio.to_thread(_make_sqlite_file, parsed)
-        async with asyncio.timeout(_DEADLINE_S), engine.begin() as connection:
-            await _check_version(connection, component, version)
-            await connection.run_sync(metadata.create_all)
-    except (SQLAlchemyError, sqlite3.Error, OSError) as error:  # a refused connection and our deadline are OSErrors
+        lease = await _leased(parsed)
+        async with asyncio.timeout(_MIGRATION_S), engine.begin() as connection:
+            found = await connection.run_sync(bring_to, component, version, metadata, migrations)
+    except BaseException as error:
         await engine.dispose()
-        raise StoreError(f"{_name(parsed)}: {_reason(error)}") from error
-    except BaseException:
-        await engine.dispose()
+        if lease is not None:
+            lease.release()
+        if isinstance(error, SQLAlchemyError | sqlite3.Error | OSError):  # a refused connection and our deadline, too
+            raise store_error(parsed, error) from error
         raise
-    return Store(engine)
+    if found not in (None, version):
+        events.emit("database_migrated", component=component, from_schema=found, to_schema=version)
+    return Store(engine, lease=lease)
 
 
-def _engine(url: str) -> tuple[URL, AsyncEngine]:
-    scheme = url.split(":", 1)[0][:40]
-    try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() != "sqlite":
-            return parsed, create_async_engine(parsed, isolation_level="SERIALIZABLE")
-        engine = create_async_engine(parsed)
-    except (SQLAlchemyError, ImportError, ValueError) as error:  # unknown, without asyncio, or its driver is missing
-        raise StoreError(f"database URL with scheme {scheme!r} cannot be used: {_reason(error)}") from error
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-    event.listen(engine.sync_engine, "begin", _begin_sqlite)
-    return parsed, engine
-
-
-def _make_sqlite_file(url: URL) -> None:
-    """Makes a SQLite file where none is: private, and with its write-ahead log switched on.
-
-    It is made under another name. Two that switch at once would not wait for each other (`busy_timeout` does not hold
-    there), and closing a descriptor of a file that SQLite has open in this process would drop SQLite's locks on it.
-    """
-    path = url.database if url.get_backend_name() == "sqlite" else None
-    if not path or path.startswith((":memory:", "file:")) or os.path.lexists(path):
-        return
-    descriptor, half = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".new-database-")  # 0600
-    os.close(descriptor)
-    try:
-        with contextlib.closing(sqlite3.connect(half)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-        with contextlib.suppress(FileExistsError):  # somebody else was faster
-            os.link(half, path)
-    finally:
-        os.unlink(half)
-
-
-async def _check_version(connection: AsyncConnection, component: str, version: int) -> None:
-    versions = Table(
-        "schema_version",
-        MetaData(),
-        Column("component", String(64), primary_key=True),
-        Column("version", Integer, nullable=False),
-    )
-    await connection.run_sync(versions.metadata.create_all)
-    found = await connection.scalar(select(versions.c.version).where(versions.c.component == component))
-    if found is None:
-        await connection.execute(insert(versions).values(component=component, version=version))
-    elif found != version:
-        age = "newer" if found > version else "older"
-        raise StoreError(f"the {component} database has schema {found}, {age} than this program's schema {version}")
-    else:  # a read-only database shows itself now, not at the first guest
-        await connection.execute(update(versions).where(versions.c.component == component).values(version=version))
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # else the driver begins a transaction at the first write, after the reads
-    cursor = connection.cursor()
-    for pragma in (f"busy_timeout={_BUSY_MS}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _name(url: URL) -> str:
-    return f"database {url.render_as_string(hide_password=True)}"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return str(error.orig)
-    return str(error)
+async def _leased(url: URL) -> Lease | None:
+    path = store_file.path_of(url)
+    if path is None:
+        return None
+    async with asyncio.timeout(_DEADLINE_S):
+        await asyncio.to_thread(store_file.make, path)
+        return await Lease.take(url, path)

@@ -2,6 +2,7 @@
 
 * ``needs_swtpm`` skips on a machine without swtpm, and **fails** where ``HARNESS_REQUIRE`` names ``swtpm``
   (the tox env ``e2e`` and CI do).
+* ``needs_postgres`` does the same for PostgreSQL; ``HARNESS_REQUIRE=swtpm,postgres`` requires both.
 * The seed of the run is in the header; ``HARNESS_SEED=N`` repeats it. Tests take their randomness from the
   fixture ``rng``.
 * Hypothesis has no deadline (the machine may be busy) and draws the same examples in CI on each run.
@@ -18,6 +19,9 @@ import hypothesis
 import pytest
 
 from tests.support import requirements
+from tests.support.databases import database_url, postgres
+
+__all__ = ["database_url", "postgres"]
 
 SEED = int(os.environ.get("HARNESS_SEED") or secrets.randbelow(2**32))
 
@@ -40,14 +44,18 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, or fail where the machine is said to have it, what this machine cannot run."""
-    if item.get_closest_marker("needs_swtpm") is None:
-        return
-    missing = requirements.missing_for_swtpm()
+    if item.get_closest_marker("needs_swtpm") is not None:
+        _require("swtpm", requirements.missing_for_swtpm(), "`harness doctor` tells how to install it")
+    if item.get_closest_marker("needs_postgres") is not None:
+        _require("postgres", requirements.missing_for_postgres(), "`tools/setup.sh --tests` installs it")
+
+
+def _require(name: str, missing: tuple[str, ...], step: str) -> None:
     if not missing:
         return
-    reason = f"{', '.join(missing)} not found; `harness doctor` tells how to install it"
-    if "swtpm" in requirements.required(os.environ):
-        pytest.fail(f"HARNESS_REQUIRE names swtpm, but: {reason}", pytrace=False)
+    reason = f"{', '.join(missing)} not found; {step}"
+    if name in requirements.required(os.environ):
+        pytest.fail(f"HARNESS_REQUIRE names {name}, but: {reason}", pytrace=False)
     pytest.skip(reason)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import shutil
 from collections.abc import Mapping
+
+from tests.support.postgres import program
 
 
 def required(environ: Mapping[str, str]) -> frozenset[str]:
@@ -19,6 +22,15 @@ def missing_for_swtpm() -> tuple[str, ...]:
     programs = [name for name in ("swtpm", "swtpm_setup") if shutil.which(name) is None]
     modules = [name for name in ("tpm2_pytss",) if importlib.util.find_spec(name) is None]
     return (*programs, *modules)
+
+
+@functools.cache
+def missing_for_postgres() -> tuple[str, ...]:
+    """Programs and modules that tests with a real PostgreSQL server need and this machine lacks."""
+    programs = [name for name in ("initdb", "postgres", "psql", "pg_isready", "pg_dump") if program(name) is None]
+    tools = [] if os.geteuid() != 0 or shutil.which("setpriv") else ["setpriv"]
+    modules = [name for name in ("asyncpg",) if importlib.util.find_spec(name) is None]
+    return (*programs, *tools, *modules)
 
 
 def skipped_everything(counts: Mapping[str, int]) -> bool:

@@ -1,0 +1,90 @@
+"""Connections to a database, set up so that transactions of one component come one after the other.
+
+SQLite: each transaction begins with the file's one write lock (``BEGIN IMMEDIATE``). PostgreSQL: each begins with one
+advisory lock of the component, held until its end (docs/adr/0009). What a transaction has read is then still true when
+it commits.
+
+Invariants:
+    1. No transaction of ours begins without that lock.
+    2. A connection that broke is found out before it is used again.
+
+Spec: SQLAlchemy 2 (asyncio; "Serializable isolation" of the pysqlite dialect; "Disconnect handling - pessimistic");
+PostgreSQL 13.3.5 (advisory locks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from harness.errors import StoreError
+from harness.store_errors import reason_of
+
+_BUSY_MS = 5000
+_IDLE_IN_TRANSACTION_MS = 60_000
+APPLICATION = "harness"
+"""Our connections' name at a PostgreSQL server."""
+
+
+def engine_of(url: str, component: str) -> tuple[URL, AsyncEngine]:
+    """The parsed URL and an engine; nothing is connected yet.
+
+    Raises:
+        StoreError: unknown database, or a driver that is missing or has no asyncio; without the URL's password.
+    """
+    scheme = url.split(":", 1)[0][:40]
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            engine = create_async_engine(parsed)
+        else:
+            engine = create_async_engine(parsed, pool_pre_ping=True, connect_args=_connect_args(parsed))
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise StoreError(f"database URL with scheme {scheme!r} cannot be used: {reason_of(error)}") from error
+    if parsed.get_backend_name() == "sqlite":
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    elif parsed.get_backend_name() == "postgresql":
+        event.listen(engine.sync_engine, "begin", _Turn(component))
+    return parsed, engine
+
+
+def lock_number(component: str) -> int:
+    """Number of a component's advisory lock: 63 bits that follow from its name."""
+    return int.from_bytes(hashlib.sha256(f"harness {component}".encode()).digest()[:8], "big") >> 1
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    """A transaction whose program hangs or is cut off must not hold the component's lock for ever."""
+    if url.get_driver_name() != "asyncpg":
+        return {}
+    settings = {
+        "application_name": APPLICATION,
+        "idle_in_transaction_session_timeout": str(_IDLE_IN_TRANSACTION_MS),
+    }
+    return {"server_settings": settings}
+
+
+class _Turn:
+    def __init__(self, component: str) -> None:
+        self._statement = f"SELECT pg_advisory_xact_lock({lock_number(component)})"
+
+    def __call__(self, connection: Connection) -> None:
+        connection.exec_driver_sql(self._statement)
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # else the driver begins a transaction at the first write, after the reads
+    cursor = connection.cursor()
+    for pragma in (f"busy_timeout={_BUSY_MS}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
