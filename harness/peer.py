@@ -107,9 +107,22 @@ class PeerClient:
         return await self.call("DELETE", path)
 
     async def call(
-        self, method: str, path: str, *, params: Sequence[tuple[str, str]] = (), body: object = None
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Sequence[tuple[str, str]] = (),
+        body: object = None,
+        deadline_s: float | None = None,
     ) -> object:
         """Results of one call, out of their envelope.
+
+        Args:
+            method: of HTTP.
+            path: below the base URL.
+            params: of the query.
+            body: plain data, sent as JSON.
+            deadline_s: seconds for this call; None: those of the client.
 
         Raises:
             PeerUnreachable: no connection, a certificate that is not accepted (either way), our own one has expired, or
@@ -120,13 +133,14 @@ class PeerClient:
 
         *Cancellation:* the connection is closed; the peer may or may not have done what was asked.
         """
+        limit_s = self._deadline_s if deadline_s is None else deadline_s
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(limit_s):
                 return await self._call(method, path, params, body)
         except aiohttp.ConnectionTimeoutError as error:
             raise PeerUnreachable(f"{self.base_url} took more than {CONNECT_S:g} s to connect") from error
         except TimeoutError as error:
-            raise DeadlineExceeded(f"{self.base_url} gave no answer within {self._deadline_s:g} s") from error
+            raise DeadlineExceeded(f"{self.base_url} gave no answer within {limit_s:g} s") from error
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
         except OSError as error:

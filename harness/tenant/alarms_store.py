@@ -118,6 +118,11 @@ class AlarmStore:
             audit_store.record(session, AuditRow, entry)
             return _record(row)
 
+    async def record(self, entry: AuditEntry) -> None:
+        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
+        async with self._store.begin() as session:
+            audit_store.record(session, AuditRow, entry)
+
     async def audit(self) -> list[AuditEntry]:
         """The newest audit entries, oldest first. *Cancellation:* nothing has happened."""
         async with self._store.begin() as session:

@@ -27,6 +27,7 @@ from harness.audit import parse_reason
 from harness.audit_routes import act, query_reason
 from harness.config import TenantRegistrarSettings, TlsSettings
 from harness.errors import MalformedMessage
+from harness.health import Health, check_database
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.store import open_store
@@ -249,13 +250,18 @@ class TenantRegistrar:
         requester = certificate_requester(load_certificate(settings.tls.certificate))
         store = await open_store(settings.database, Base.metadata, component="tenant", version=SCHEMA)
         try:
+            alarms = AlarmStore(store)
             registrar = Registrar(
                 RegistrarStore(store),
-                AlarmStore(store),
+                alarms,
                 HostEnroller(roots, requester, Challenges()),
                 over_tls(without_authority(settings.tls, settings.tenant)),
             )
-            app = application("tenant-registrar", registrar.routes, identities_of(own_tls))
+            health = Health()
+            health.check("database", lambda: check_database(store))
+            app = application(
+                "tenant-registrar", registrar.routes, identities_of(own_tls), health=health, audit=alarms.record
+            )
             async with serve(app, own_tls, sock or settings.listen) as server:
                 events.emit("ready", url=server.url, tenant=settings.tenant)
                 await asyncio.Event().wait()
