@@ -213,7 +213,7 @@ class ProviderSite(Settings):
 class TenantSite(Settings):
     """A tenant's services, its operator's certificate, where its rounds go, its reference values, and its guests.
 
-    ``client`` is a certificate for asking the provider verifier oneself.
+    ``client`` is a certificate for asking the provider verifier oneself; ``host`` is where the first guest runs.
     """
 
     registrar: Url
@@ -223,6 +223,7 @@ class TenantSite(Settings):
     guest_policy: FilePath
     host_policy: FilePath
     client: TlsSettings | None = None
+    host: Name | None = None
     guests: dict[Name, uuid.UUID] = Field(default_factory=dict)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from harness.errors import ConfigError
 from harness.swtpm import SOCKET_PATH_LIMIT
 
+SUPERVISOR_SOCKET = "run/s"
+"""Where a lab's supervisor listens, below its folder."""
 _LONGEST_SOCKET = len("/h//guests/00000000-0000-0000-0000-000000000000/s.ctrl")
 
 

@@ -17,9 +17,7 @@ class LabGuestManager(GuestManager):
     """
 
     def __init__(self, settings: GuestManagerSettings) -> None:
-        def spawn(name: str, config: Path) -> ServiceProcess:
-            agent = ServiceProcess(f"agent of {name}", "guest-agent", config, settings.logs / f"agent-{name}.log")
-            agent.start()
-            return agent
+        def agent_of(name: str, config: Path) -> ServiceProcess:
+            return ServiceProcess(f"agent of {name}", "guest-agent", config, settings.logs / f"agent-{name}.log")
 
-        super().__init__(settings, spawn)
+        super().__init__(settings, agent_of)

@@ -242,11 +242,10 @@ class Onboarding:
 
     # --- leaving ------------------------------------------------------------------------------------------
 
-    async def remove(self, record: LabRecord, reason: str) -> list[str]:
-        """Removes the guests that were in the lab's topology and are in it no more, and tenants likewise.
+    async def remove(self, reason: str) -> list[str]:
+        """Removes the guests, tenants and hosts that were in the lab's topology and are in it no more.
 
         Args:
-            record: of the lab; knows which guests came from a topology.
             reason: for the audit trails.
 
         Returns:
@@ -257,6 +256,7 @@ class Onboarding:
 
         *Cancellation:* some are removed; call it again.
         """
+        record = LabRecord(self._files.folder)
         planned = {guest.name for guest in self._plan.guests}
         leaving = {AgentId(agent_id): name for name, agent_id in record.guests().items() if name not in planned}
         removed = []
@@ -267,11 +267,18 @@ class Onboarding:
                 removed.append(f"guest {name}")
         for name in leaving.values():
             record.forget_guest(name)
-        tenants = {tenant.name for tenant in self._plan.tenants}
-        for tenant in await self._patiently(self.provider.tenants):
-            if tenant["name"] in self._site.tenants and tenant["name"] not in tenants:
-                await self.provider.remove_tenant(str(tenant["name"]))
-                removed.append(f"tenant {tenant['name']}")
+        planned = {tenant.name for tenant in self._plan.tenants}
+        for tenant in await self.provider.tenants():
+            name = str(tenant["name"])
+            if name not in planned and (self._files.folder / "t" / name).is_dir():
+                await self.provider.remove_tenant(name, reason)
+                removed.append(f"tenant {name}")
+        planned = {host.name for host in self._plan.hosts}
+        for host in await self.provider.hosts():
+            name = str(host["name"])
+            if name not in planned and (self._files.folder / "h" / name).is_dir():
+                await self.provider.remove_host(parse_host_id(str(host["host_id"])), reason)
+                removed.append(f"host {name}")
         return removed
 
     async def _remove_guest(self, entry: Mapping[str, Any], reason: str) -> None:
@@ -279,11 +286,11 @@ class Onboarding:
         operator = self._tenants.get(str(entry["tenant"]))
         if operator is not None:
             with contextlib.suppress(NotFound):  # it was never stated
-                await operator.remove_guest(agent_id)
+                await operator.remove_guest(agent_id, reason)
         for host in self._site.hosts.values():
             if str(agent_id) in await _domains(host.guest_manager):
                 await ask(host.guest_manager, {"op": "undefine", "uuid": str(agent_id)}, deadline_s=_GUEST_S)
-        await self.provider.remove_guest(agent_id)
+        await self.provider.remove_guest(agent_id, reason)
 
     # --- helpers ------------------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EnrolmentError
+from harness.errors import EnrolmentError, HarnessError
 from harness.events import read_events
 from harness.lab_plan import GuestPlan
 
-ENROLMENT = "enrolment"
+ENROLMENT, LAB = "enrolment", "lab"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class GuestOutcome:
         name: for people.
         tenant: who owns it.
         state: operational state at its verifier; None when it was never admitted.
-        layer: which layer was refused: guest, host or enrolment; None when none was.
+        layer: which layer was refused: guest, host or enrolment; lab: it did not come up; None when none was.
         failed_check: number of the failed check (DESIGN 3.5), where a check failed.
         error: name of the error.
         detail: its sentence.
@@ -43,14 +43,14 @@ class GuestOutcome:
     payload_released: bool
 
     @classmethod
-    def not_enrolled(cls, guest: GuestPlan, error: EnrolmentError) -> GuestOutcome:
-        """Outcome of a guest that the tenant's registrar refused."""
+    def not_enrolled(cls, guest: GuestPlan, error: HarnessError) -> GuestOutcome:
+        """Outcome of a guest that the tenant's registrar refused, or that did not come as far as that."""
         return cls(
             agent_id=str(guest.agent_id),
             name=guest.name,
             tenant=guest.tenant,
             state=None,
-            layer=ENROLMENT,
+            layer=ENROLMENT if isinstance(error, EnrolmentError) else LAB,
             failed_check=None,
             error=type(error).__name__,
             detail=error.detail,

@@ -1,4 +1,4 @@
-"""What a lab must remember between two starts: the ports of its services and the UUIDs of its guests.
+"""What a lab must remember between two starts: the ports of its services, the UUIDs of its guests, its hosts' ids.
 
 Addresses are in certificates of trust (a host's pinned URL, a guest's contact): a service comes back where it was.
 
@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,16 @@ class LabRecord:
             record["guests"].pop(guest, None)
             record["ports"].pop(f"agent-{guest}", None)
 
+    def host_ids(self) -> dict[str, str]:
+        """Ids of the hosts by name, as far as they have announced themselves. Raises ConfigError as `port`."""
+        with self._locked() as record:
+            return dict(record["hosts"])
+
+    def note_hosts(self, host_ids: Mapping[str, str]) -> None:
+        """Notes the ids under which the hosts have announced themselves. Raises ConfigError as `port`."""
+        with self._locked() as record:
+            record["hosts"] = dict(host_ids)
+
     @contextmanager
     def _locked(self) -> Iterator[dict[str, dict[str, Any]]]:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -87,15 +97,16 @@ class LabRecord:
         try:
             record = json.loads(self._path.read_bytes())
         except FileNotFoundError:
-            return {"ports": {}, "guests": {}}
+            return {"ports": {}, "guests": {}, "hosts": {}}
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self._path}: is not the record of a lab; `harness lab up --fresh` starts anew"
             ) from error
         match record:
-            case {"ports": dict(ports), "guests": dict(guests), **rest} if not rest:
-                if all(isinstance(port, int) for port in ports.values()) and all(map(_is_uuid, guests.values())):
-                    return {"ports": ports, "guests": guests}
+            case {"ports": dict(ports), "guests": dict(guests), "hosts": dict(hosts), **rest} if not rest:
+                whole = all(isinstance(port, int) for port in ports.values())
+                if whole and all(map(_is_uuid, (*guests.values(), *hosts.values()))):
+                    return {"ports": ports, "guests": guests, "hosts": hosts}
         raise ConfigError(f"{self._path}: is not the record of a lab; `harness lab up --fresh` starts anew")
 
 

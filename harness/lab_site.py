@@ -271,6 +271,7 @@ class LabSite:
             guest_policy=t / "guest-policy.json",
             host_policy=t / "host-policy.json",
             client=self.tls(name, Role.TENANT_VERIFIER, "client", trusts=(PROVIDER,)),
+            host=next((guest.host for guest in self.plan.guests if guest.tenant == name), self.plan.hosts[0].name),
             guests={guest.name: guest.agent_id for guest in self.plan.guests if guest.tenant == name},
         )
 

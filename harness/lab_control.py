@@ -1,0 +1,258 @@
+"""Starts, asks and ends a lab that lives on: the other side of `lab_supervisor`.
+
+Invariants:
+    1. `start` returns when the supervisor is ready, or raises what it said; `down` when all its processes have ended.
+    2. Whether a lab is up is asked of its supervisor, never read from a file.
+
+Owner: the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import config
+from harness.errors import ConfigError, DeadlineExceeded, HarnessError, LocalRefusal, PeerUnreachable, SimulationError
+from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, short_name
+from harness.lab_record import LabRecord
+from harness.lab_topology import SITE_FILE
+from harness.peer import PeerClient
+from harness.unix_client import ask
+
+_START_S = 90.0
+_DOWN_S = 90.0
+_APPLY_S = 120.0
+_ASK_S = 10.0
+_RESTART_S = 60.0
+_POLL_S = 0.05
+_OURS = frozenset({"h", "log", "p", "pki", "run", "t", "vendor", "x", "lab.json", SITE_FILE, "lab.yml"})
+"""What a lab's folder may hold for it to be removed by `wipe`; anything else is somebody's own."""
+
+
+class LabControl:
+    """One lab, from outside.
+
+    Args:
+        folder: of the lab.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    @property
+    def log(self) -> Path:
+        """The supervisor's own log."""
+        return self.folder / "log" / "supervisor.log"
+
+    async def status(self) -> Mapping[str, Any] | None:
+        """The supervisor's answer; None when the lab is down.
+
+        Raises:
+            DeadlineExceeded: a supervisor that runs does not answer.
+        """
+        try:
+            return await self._ask({"op": "status"}, _ASK_S)
+        except PeerUnreachable:
+            return None
+
+    async def start(self, topology: Path) -> None:
+        """Starts a supervisor in the background; returns when it has started all services.
+
+        Args:
+            topology: absolute path of the lab's ``lab.yml``.
+
+        Raises:
+            ConfigError: its own words: what is wrong with the topology, the folder or a port.
+            SimulationError: it ended without a word; its log is named.
+        """
+        process = self._spawn(topology)
+        try:
+            said = await asyncio.to_thread(_first_line, process)
+        except BaseException:
+            process.terminate()
+            raise
+        if "ready" not in said:
+            raise ConfigError(str(said.get("detail") or f"the supervisor ended at once; see {self.log}"))
+
+    def _spawn(self, topology: Path) -> subprocess.Popen[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "harness.lab_supervisor", str(self.folder), str(topology)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # it outlives the terminal, and a Ctrl-C there is not for it
+            )
+
+    async def apply(self, topology: Path) -> bool:
+        """Makes what a topology says now the lab's services; whether that changed anything.
+
+        Raises:
+            HarnessError: the supervisor refused, or does not answer.
+        """
+        return bool((await self._asked({"op": "apply", "topology": str(topology)}, _APPLY_S)).get("changed"))
+
+    async def restart(self, service: str) -> int:
+        """Ends a service in order and starts it again; returns its new process id when it answers.
+
+        Raises:
+            ConfigError: the lab is down, or has no such service.
+            SimulationError: it did not come up in time; what ended it is in the text.
+        """
+        await self._asked({"op": "restart", "service": service}, _DOWN_S)
+        until = time.monotonic() + _RESTART_S
+        why: object = "it does not answer"
+        while time.monotonic() < until:
+            status = await self.status()
+            found = next((each for each in (status or {}).get("services", ()) if each["name"] == service), None)
+            if found is not None and found["pid"] is not None and await self._answers(found):
+                return int(found["pid"])
+            why = (found or {}).get("why") or why
+            await asyncio.sleep(_POLL_S)
+        raise SimulationError(f"{service} is not up again after {_RESTART_S:g} s: {why}")
+
+    async def _answers(self, service: Mapping[str, Any]) -> bool:
+        """Whether a service with an address speaks TLS there; the others have no more than their process."""
+        if service["url"] is None:
+            return True
+        site = config.load(self.folder / SITE_FILE, config.SiteSettings)
+        owner = str(service["name"]).rpartition("-")[0]
+        tls = site.tenants[owner].operator if owner in site.tenants else site.provider.operator
+        try:
+            async with PeerClient(tls, str(service["url"]), deadline_s=_ASK_S) as client:
+                await client.get("/version")
+        except HarnessError:
+            return False
+        return True
+
+    async def down(self) -> bool:
+        """Ends every process of the lab; whether it was up.
+
+        Raises:
+            DeadlineExceeded: the supervisor did not end in time; it is named.
+        """
+        status = await self.status()
+        if status is None:
+            (self.folder / SUPERVISOR_SOCKET).unlink(missing_ok=True)  # both are left by a supervisor that was killed
+            close_folder(self.folder)
+            return False
+        watch = _watch(int(status["pid"]))
+        try:
+            with contextlib.suppress(PeerUnreachable):
+                await self._ask({"op": "down"}, _DOWN_S)
+            if watch is not None and not await asyncio.to_thread(_readable, watch, _DOWN_S):
+                raise DeadlineExceeded(f"the supervisor (process {status['pid']}) has not ended within {_DOWN_S:g} s")
+        finally:
+            if watch is not None:
+                os.close(watch)
+        close_folder(self.folder)
+        return True
+
+    def wipe(self) -> None:
+        """Removes a lab that is down, with all its keys and records.
+
+        Raises:
+            ConfigError: the folder holds something that is not a lab's, or cannot be removed.
+        """
+        if not self.folder.exists():
+            return
+        if strange := sorted({entry.name for entry in self.folder.iterdir()} - _OURS):
+            raise ConfigError(f"{self.folder}: holds {strange[0]}, which is not a lab's; move it away first")
+        try:
+            for name in _OURS - {"lab.yml"}:
+                path = self.folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be removed: {error.strerror}") from error
+
+    def shown(self, status: Mapping[str, Any]) -> dict[str, object]:
+        """What any client needs to talk to this lab: the object of ``harness lab status --json``.
+
+        Args:
+            status: the supervisor's answer.
+
+        Raises:
+            ConfigError: the lab's folder cannot be read.
+        """
+        site = config.load(self.folder / SITE_FILE, config.SiteSettings)
+        host_ids = LabRecord(self.folder).host_ids()
+        members = ("name", "pid", "url", "state_dir")
+        return {
+            "services": [{name: service[name] for name in members} for service in status["services"]],
+            "tenants": [_tenant(name, tenant, host_ids) for name, tenant in site.tenants.items()],
+            "hosts": [
+                {"host_id": host_ids.get(name), "tpm_socket": str(host.tpm_socket), "chip": host.chip}
+                for name, host in site.hosts.items()
+            ],
+        }
+
+    async def _asked(self, request: Mapping[str, object], deadline_s: float) -> Mapping[str, Any]:
+        try:
+            return await self._ask(request, deadline_s)
+        except LocalRefusal as error:
+            raise ConfigError(error.detail) from error
+        except PeerUnreachable as error:
+            raise ConfigError(f"the lab in {self.folder} is down; `harness lab up` starts it") from error
+
+    async def _ask(self, request: Mapping[str, object], deadline_s: float) -> Mapping[str, Any]:
+        short = short_name(self.folder)  # in use when the folder's own name is too long for a socket
+        reached = short if short.is_symlink() and short.readlink() == self.folder else self.folder
+        return await ask(reached / SUPERVISOR_SOCKET, request, deadline_s=deadline_s)
+
+
+def _tenant(name: str, tenant: config.TenantSite, host_ids: Mapping[str, str]) -> dict[str, object]:
+    client = tenant.client
+    if client is None:
+        raise ConfigError(f"tenant {name} has no client certificate in {SITE_FILE}; `harness lab up` writes it")
+    return {
+        "name": name,
+        "client_cert": str(client.certificate),
+        "client_key": str(client.key),
+        "ca": str(next(iter(client.authorities.values()))),
+        "provider_verifier": tenant.provider_verifier,
+        "host_id": host_ids.get(tenant.host or ""),
+        "guests": [str(agent_id) for agent_id in tenant.guests.values()],
+    }
+
+
+def _first_line(process: subprocess.Popen[bytes]) -> Mapping[str, Any]:
+    """What a supervisor says about its start; empty when it ended without a word."""
+    output = process.stdout
+    if output is None or not _readable(output.fileno(), _START_S):
+        process.terminate()
+        raise SimulationError(f"the supervisor (process {process.pid}) was not ready within {_START_S:g} s")
+    with output:
+        line = output.readline()
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _watch(pid: int) -> int | None:
+    """File descriptor that becomes readable when a process ends; None when it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _readable(descriptor: int, deadline_s: float) -> bool:
+    return bool(select.select([descriptor], [], [], deadline_s)[0])

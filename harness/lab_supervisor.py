@@ -1,0 +1,179 @@
+"""The supervisor of a lab that lives on: a process in the background that owns all others.
+
+``python -m harness.lab_supervisor FOLDER LAB.YML`` prints one JSON line when it is ready, or why it is not, and goes on
+until it is told to stop. On ``L/run/s`` it takes one JSON object per line and answers with one:
+
+* ``{"op": "status"}``: ``{"pid", "topology", "services": [...]}`` (`Supervision.status`)
+* ``{"op": "apply", "topology": PATH}``: ``{"changed": bool}``; what the file says now becomes the lab's services
+* ``{"op": "restart", "service": NAME}``: ``{}``
+* ``{"op": "down"}``: ``{}`` when every process has ended; then the supervisor ends too
+
+Invariants:
+    1. One supervisor works on a folder: the kernel's lock on ``L/run`` ends with its process, however that ends.
+    2. When the supervisor ends, so does every process of the lab (`lab_processes`, invariant 1).
+
+Owner: itself.
+
+Spec: DESIGN 6; docs/architecture.md (local sockets).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from harness import events
+from harness.errors import Conflict, HarnessError, MalformedMessage
+from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, open_folder
+from harness.lab_plan import LabPlan, plan_of
+from harness.lab_record import LabRecord
+from harness.lab_site import LabSite
+from harness.lab_supervision import Supervision
+from harness.lab_topology import load_topology
+from harness.messages import parse_json
+from harness.unix_server import UnixServer
+
+_LINE_LIMIT = 64 * 1024
+_LOCK_S = 15.0
+_POLL_S = 0.1
+
+
+class Supervisor:
+    """The process.
+
+    Args:
+        folder: of the lab.
+        topology: its ``lab.yml``.
+    """
+
+    def __init__(self, folder: Path, topology: Path) -> None:
+        self._folder = folder
+        self._topology = topology
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Runs the lab until it is told to stop; says on standard output when it is ready.
+
+        Raises:
+            ConfigError: the topology or the folder cannot be used, or a port is taken.
+            Conflict: another supervisor works on this folder.
+
+        *Cancellation:* every process of the lab is ended.
+        """
+        plan = _planned(self._topology, self._folder)
+        short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
+        (self._folder / "run").mkdir(exist_ok=True, mode=0o700)
+        with _locked(self._folder / "run") as lock:
+            await lock
+            files = LabSite(short, plan)
+            events.configure("supervisor", files.log("supervisor"))
+            self._supervision = Supervision(files.log)
+            server = UnixServer(short / SUPERVISOR_SOCKET, self._serve)
+            try:
+                await self._supervision.apply(files.services())
+                files.site()
+                await server.start()
+                _say({"ready": os.getpid()})
+                await self._ended.wait()
+            finally:
+                await self._supervision.stop()
+                await server.stop()
+                close_folder(self._folder)
+                events.emit("stopped")
+
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        while line := await reader.readline():
+            try:
+                answer = await self._carry_out(parse_json(line, limit=_LINE_LIMIT))
+            except HarnessError as error:
+                answer = {"error": type(error).__name__, "detail": error.detail}
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+
+    async def _carry_out(self, request: object) -> Mapping[str, object]:
+        match request:
+            case {"op": "status", **rest} if not rest:
+                return {"pid": os.getpid(), "topology": str(self._topology), "services": self._supervision.status()}
+            case {"op": "apply", "topology": str(path), **rest} if not rest:
+                return {"changed": await self._apply(Path(path))}
+            case {"op": "restart", "service": str(name), **rest} if not rest:
+                await self._supervision.restart(name)
+                return {}
+            case {"op": "down", **rest} if not rest:
+                await self._supervision.stop()
+                self._ended.set()
+                return {}
+        raise MalformedMessage('"op" is status, apply (topology), restart (service) or down')
+
+    async def _apply(self, topology: Path) -> bool:
+        plan = await asyncio.to_thread(_planned, topology, self._folder)
+        short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
+        files = await asyncio.to_thread(LabSite, short, plan)
+        changed = await self._supervision.apply(await asyncio.to_thread(files.services))
+        files.site()
+        self._topology = topology
+        return changed
+
+
+def _planned(topology: Path, folder: Path) -> LabPlan:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return plan_of(load_topology(topology), LabRecord(folder))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[asyncio.Task[None]]:
+    """Lock on a folder, while the context lasts; what it gives is to be awaited until the lock is held."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield asyncio.ensure_future(_lock(descriptor, folder))
+    finally:
+        os.close(descriptor)
+
+
+async def _lock(descriptor: int, folder: Path) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LOCK_S):  # one that was just killed, or is just ending, lets go in a moment
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                await asyncio.sleep(_POLL_S)
+    raise Conflict(f"another supervisor runs the lab in {folder.parent}; `harness lab down` ends it")
+
+
+def _say(answer: Mapping[str, object]) -> None:
+    """The one line for whoever started us; from then on standard output is the log."""
+    print(json.dumps(answer), flush=True)
+    os.dup2(2, 1)
+
+
+def main() -> int:
+    """Entry point of the process."""
+    folder, topology = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        asyncio.run(_until_told(Supervisor(folder, topology)))
+    except HarnessError as error:
+        _say({"error": type(error).__name__, "detail": error.detail})
+        return 2
+    return 0
+
+
+async def _until_told(supervisor: Supervisor) -> None:
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(supervisor.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""``harness lab up``: from a topology file to a lab that runs and whose guests are attested.
+
+Invariants:
+    1. What runs as the topology says is left alone; what it says no more is removed, in the order that loses nothing.
+    2. One tenant's or guest's refusal keeps no other from being attested.
+
+Owner: the command line.
+
+Spec: DESIGN 6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import config, console
+from harness.errors import EnrolmentError, HarnessError
+from harness.lab_control import LabControl
+from harness.lab_folder import open_folder
+from harness.lab_onboarding import Onboarding
+from harness.lab_outcome import GuestOutcome
+from harness.lab_plan import GuestPlan, LabPlan, plan_of
+from harness.lab_record import LabRecord
+from harness.lab_site import LabSite
+from harness.lab_topology import SITE_FILE, folder_of, load_topology
+
+_REASON = "no longer in the lab's topology"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpResult:
+    """What ``up`` came to.
+
+    Args:
+        folder: of the lab.
+        changed: whether anything was started, added or removed.
+        removed: what was removed.
+        outcomes: one per guest.
+        seconds: that it took.
+    """
+
+    folder: Path
+    changed: bool
+    removed: Sequence[str]
+    outcomes: Sequence[GuestOutcome]
+    seconds: float
+
+    @property
+    def attested(self) -> bool:
+        """Whether every guest is attested."""
+        return all(outcome.accepted for outcome in self.outcomes)
+
+    def as_json(self) -> dict[str, object]:
+        """The one object of ``harness lab up --json``."""
+        return {
+            "attested": self.attested,
+            "changed": self.changed,
+            "removed": list(self.removed),
+            "guests": [
+                {**outcome.as_json(), "name": outcome.name, "attested": outcome.accepted, "detail": outcome.detail}
+                for outcome in self.outcomes
+            ],
+            "folder": str(self.folder),
+            "seconds": self.seconds,
+        }
+
+
+async def up(topology: Path, *, fresh: bool) -> UpResult:
+    """Starts a lab, or brings a running one to what its topology says now.
+
+    Args:
+        topology: absolute path of ``lab.yml``.
+        fresh: end the lab that is there, remove its state, and start anew.
+
+    Raises:
+        ConfigError: the topology or the folder cannot be used, a port is taken, or a service refused.
+        HarnessError: a service did not come up in time.
+
+    *Cancellation:* the lab goes on with what was started; `up` again completes it.
+    """
+    began = time.monotonic()
+    load_topology(topology)
+    control = LabControl(folder_of(topology))
+    if fresh:
+        with console.progress("ending the lab that was there"):
+            await control.down()
+            control.wipe()
+    removed: list[str] = []
+    if (await control.status()) is None:
+        with console.progress("starting hardware TPMs and services"):
+            await control.start(topology)
+        changed = True
+        files = _files(control.folder, topology)
+        async with Onboarding(files, _site(control)) as operators:
+            removed = await operators.remove(_REASON)
+    else:
+        files = _files(control.folder, topology)
+        async with Onboarding(files, _site(control)) as operators:  # while the services of those who leave still run
+            removed = await operators.remove(_REASON)
+        with console.progress("bringing the services to what the topology says"):
+            changed = await control.apply(topology)
+    async with Onboarding(files, _site(control)) as operators:
+        outcomes, admitted = await _attest(operators, files.plan)
+    LabRecord(control.folder).note_hosts({name: str(host_id) for name, host_id in operators.host_ids.items()})
+    return UpResult(
+        folder=control.folder,
+        changed=changed or admitted or bool(removed),
+        removed=removed,
+        outcomes=outcomes,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def _files(folder: Path, topology: Path) -> LabSite:
+    plan = plan_of(load_topology(topology), LabRecord(folder))
+    return LabSite(open_folder(folder, longest_host=max(len(host.name) for host in plan.hosts)), plan)
+
+
+def _site(control: LabControl) -> config.SiteSettings:
+    return config.load(control.folder / SITE_FILE, config.SiteSettings)
+
+
+async def _attest(operators: Onboarding, plan: LabPlan) -> tuple[list[GuestOutcome], bool]:
+    """Verdicts on all guests, and whether one of them was put under attestation just now."""
+    with console.progress("onboarding tenants and hosts"):
+        await operators.onboard()
+    with console.progress("tenants enrol the hosts"):
+        refusals = await asyncio.gather(*(_enrol(operators, tenant.name) for tenant in plan.tenants))
+    refused = {tenant.name: error for tenant, error in zip(plan.tenants, refusals, strict=True) if error is not None}
+    with console.progress(f"starting and attesting {len(plan.guests)} guests"):
+        done = await asyncio.gather(*(_guest(operators, guest, refused.get(guest.tenant)) for guest in plan.guests))
+    return [outcome for outcome, _ in done], any(admitted for _, admitted in done)
+
+
+async def _enrol(operators: Onboarding, tenant: str) -> HarnessError | None:
+    try:
+        await operators.enrol(tenant)
+    except HarnessError as error:
+        return error
+    return None
+
+
+async def _guest(operators: Onboarding, guest: GuestPlan, refused: HarnessError | None) -> tuple[GuestOutcome, bool]:
+    if refused is not None:
+        return GuestOutcome.not_enrolled(guest, refused), False
+    try:
+        image = await operators.start_guest(guest)
+        contact = await operators.registered(guest, image)
+        await operators.admit(guest, contact)
+        return await operators.verdict(guest, contact), contact is not None and not isinstance(contact, EnrolmentError)
+    except HarnessError as error:
+        return GuestOutcome.not_enrolled(guest, error), True
