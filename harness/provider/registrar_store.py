@@ -1,8 +1,9 @@
-"""The provider's records: tenants, hosts, allowlists, guests.
+"""The provider's records: tenants, allowlists, guests; hosts are in `hosts_store`.
 
 Invariants:
-    1. A guest's owner and host are stated once; another owner or host needs the guest to be removed first.
+    1. A guest's owner is stated once; another owner needs the guest to be removed first.
     2. EK and AK of a registered guest are not changed, and serve no other guest.
+    3. A change by the operator and its audit entry are one transaction; what changes nothing has no entry.
 
 Owner: the provider registrar writes; the provider verifier reads snapshots.
 
@@ -12,8 +13,6 @@ Spec: DESIGN 3.1, 3.6.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from harness.errors import AccessDenied, CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
+from harness import audit_store
+from harness.audit import AuditEntry
+from harness.errors import CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
 from harness.provider.admission import GuestRecord, Snapshot
 from harness.provider.stream import parse_allowlist
-from harness.provider.tables import Allowlist, Guest, Host, Tenant
+from harness.provider.tables import Allowlist, AuditRow, Guest, Host, Tenant
 from harness.store import Store
 from harness.values import AgentId, HostId, PcrSelection, parse_agent_id, parse_host_id, pcrs_in
 
@@ -70,16 +71,14 @@ class RegistrarStore:
 
     Args:
         store: the provider's database.
-        now: seconds since the epoch.
     """
 
-    def __init__(self, store: Store, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._now = now
 
     # --- tenants ------------------------------------------------------------------------------------------
 
-    async def add_tenant(self, name: str, ca_pem: str) -> None:
+    async def add_tenant(self, name: str, ca_pem: str, act: AuditEntry) -> None:
         """Onboards a tenant; repeating it with the same CA changes nothing.
 
         Raises:
@@ -88,14 +87,19 @@ class RegistrarStore:
         """
         key = _ca_key(ca_pem)
         async with self._store.begin() as session:
-            for row in list(await session.scalars(select(Tenant))):
-                if row.name == name and row.ca_pem != ca_pem:
-                    raise Conflict(f"tenant {name} exists with another CA; remove it first")
-                if row.name != name and _ca_key(row.ca_pem) == key:
-                    raise Conflict(f"this CA is that of tenant {row.name}")
-            await session.merge(Tenant(name=name, ca_pem=ca_pem))
+            known = {row.name: row.ca_pem for row in await session.scalars(select(Tenant))}
+            if known.get(name, ca_pem) != ca_pem:
+                raise Conflict(
+                    f"tenant {name} is onboarded with another CA: to change it, remove the tenant "
+                    "(harness provider tenant remove) and add it again"
+                )
+            if same := [other for other, pem in known.items() if other != name and _ca_key(pem) == key]:
+                raise Conflict(f"this CA is that of tenant {same[0]}")
+            if name not in known:
+                session.add(Tenant(name=name, ca_pem=ca_pem))
+                audit_store.record(session, AuditRow, act)
 
-    async def remove_tenant(self, name: str) -> None:
+    async def remove_tenant(self, name: str, act: AuditEntry) -> None:
         """Removes a tenant and its allowlists.
 
         Raises:
@@ -105,11 +109,12 @@ class RegistrarStore:
         async with self._store.begin() as session:
             row = await _tenant(session, name)
             if await session.scalar(select(Guest.agent_id).where(Guest.tenant == name).limit(1)):
-                raise Conflict(f"tenant {name} has guests; remove them first")
+                raise Conflict(f"tenant {name} has guests: first remove them (harness provider guest remove)")
             await session.execute(delete(Allowlist).where(Allowlist.tenant == name))
             await session.delete(row)
+            audit_store.record(session, AuditRow, act)
 
-    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection) -> None:
+    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection, act: AuditEntry) -> None:
         """Sets what a tenant may see on a host; an empty list takes it all away.
 
         Raises:
@@ -124,6 +129,7 @@ class RegistrarStore:
                 await session.execute(
                     delete(Allowlist).where(Allowlist.tenant == tenant, Allowlist.host_id == str(host_id))
                 )
+            audit_store.record(session, AuditRow, act)
 
     async def tenants(self) -> list[dict[str, Any]]:
         """All tenants with their allowlists."""
@@ -140,54 +146,9 @@ class RegistrarStore:
             for row in rows
         ]
 
-    # --- hosts --------------------------------------------------------------------------------------------
-
-    async def announce_host(self, host_id: HostId, name: str, url: str) -> None:
-        """Records where a host's agent is reached.
-
-        Raises:
-            Conflict: another host has this name, or the host has another one: a host agent does not take over a host
-                of which it knows the id only.
-        """
-        async with self._store.begin() as session:
-            row = await session.get(Host, str(host_id))
-            if row is not None and row.name != name:
-                raise Conflict(f"host {host_id} has another name than {name}")
-            other = await session.scalar(select(Host).where(Host.name == name, Host.host_id != str(host_id)))
-            if other is not None:
-                raise Conflict(f"the name {name} belongs to host {other.host_id}")
-            await session.merge(Host(host_id=str(host_id), name=name, url=url, reported_at=self._now()))
-
-    async def report_guests(self, host_id: HostId, name: str, reports: Sequence[Mapping[str, str]]) -> None:
-        """Records what a host says of its own guests; informative, nothing is decided by it.
-
-        Args:
-            host_id: the host.
-            name: of the host agent that reports.
-            reports: agent_id, state and vtpm_ek of each guest.
-
-        Raises:
-            AccessDenied: this host agent has not announced this host.
-        """
-        by_id = {report["agent_id"]: report for report in reports}
-        async with self._store.begin() as session:
-            host = await session.get(Host, str(host_id))
-            if host is None or host.name != name:
-                raise AccessDenied(f"{name} has not announced host {host_id}")
-            for row in await session.scalars(select(Guest).where(Guest.host_id == str(host_id))):
-                report = by_id.get(row.agent_id)
-                row.reported_state = report["state"] if report else None
-                row.vtpm_ek = report["vtpm_ek"] if report else None
-
-    async def hosts(self) -> list[dict[str, Any]]:
-        """All hosts."""
-        async with self._store.begin() as session:
-            rows = await session.scalars(select(Host).order_by(Host.name))
-            return [{"host_id": row.host_id, "name": row.name, "url": row.url} for row in rows]
-
     # --- guests -------------------------------------------------------------------------------------------
 
-    async def define_guest(self, agent_id: AgentId, tenant: str, host_id: HostId, name: str) -> None:
+    async def define_guest(self, agent_id: AgentId, tenant: str, host_id: HostId, name: str, act: AuditEntry) -> None:
         """Records whose a guest is and where it runs; repeating it changes nothing.
 
         Raises:
@@ -201,10 +162,14 @@ class RegistrarStore:
             row = await session.get(Guest, str(agent_id))
             if row is None:
                 session.add(Guest(agent_id=str(agent_id), tenant=tenant, host_id=str(host_id), name=name))
+                audit_store.record(session, AuditRow, act)
             elif (row.tenant, row.host_id) != (tenant, str(host_id)):
-                raise Conflict(f"guest {agent_id} exists with another owner or host; remove it first")
+                raise Conflict(
+                    f"guest {agent_id} is defined with another owner or host: first remove it "
+                    "(harness provider guest remove)"
+                )
 
-    async def remove_guest(self, agent_id: AgentId) -> None:
+    async def remove_guest(self, agent_id: AgentId, act: AuditEntry) -> None:
         """Forgets a guest.
 
         Raises:
@@ -212,6 +177,7 @@ class RegistrarStore:
         """
         async with self._store.begin() as session:
             await session.delete(await _guest(session, agent_id))
+            audit_store.record(session, AuditRow, act)
 
     async def guests(self) -> list[dict[str, Any]]:
         """All guests."""
@@ -251,6 +217,18 @@ class RegistrarStore:
             row.ek, row.ak = contact.ek, contact.ak
             row.ip, row.port, row.mtls_cert = contact.ip, contact.port, contact.mtls_cert
 
+    # --- audit --------------------------------------------------------------------------------------------
+
+    async def record(self, entry: AuditEntry) -> None:
+        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
+        async with self._store.begin() as session:
+            audit_store.record(session, AuditRow, entry)
+
+    async def audit(self) -> list[AuditEntry]:
+        """The newest audit entries, oldest first. *Cancellation:* nothing has happened."""
+        async with self._store.begin() as session:
+            return await audit_store.entries(session, AuditRow)
+
 
 async def _owned(session: AsyncSession, agent_id: AgentId, tenant: str) -> Guest:
     row = await session.get(Guest, str(agent_id))
@@ -262,7 +240,10 @@ async def _owned(session: AsyncSession, agent_id: AgentId, tenant: str) -> Guest
 async def _registrable(session: AsyncSession, agent_id: AgentId, tenant: str, contact: GuestContact) -> Guest:
     row = await _owned(session, agent_id, tenant)
     if row.ek is not None and (row.ek, row.ak) != (contact.ek, contact.ak):
-        raise KeyChanged(f"guest {agent_id} is registered with another EK or AK; remove it to register it anew")
+        raise KeyChanged(
+            f"guest {agent_id} is registered with another EK or AK; the provider's operator has to remove it and to "
+            "define it anew"
+        )
     keys = (contact.ek, contact.ak)
     other = await session.scalar(
         select(Guest.agent_id).where(Guest.agent_id != str(agent_id), Guest.ek.in_(keys) | Guest.ak.in_(keys)).limit(1)

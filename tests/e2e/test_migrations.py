@@ -17,6 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData
 
 from harness import store_schema
+from harness.audit import AuditEntry
 from harness.errors import StoreError
 from harness.provider.journal import Journal
 from harness.provider.registrar_store import RegistrarStore as ProviderStore
@@ -106,7 +107,8 @@ async def test_the_provider_works_on_a_database_of_schema_1(tmp_path: Path) -> N
     assert set(snapshot.tenants) == {"alice", "bob"}
     assert set(snapshot.allowlists) == {("alice", HOST_ID), ("bob", HOST_ID)}
     assert snapshot.guests[GUEST].tenant == "alice"
-    await ProviderStore(store).remove_guest(GUEST)
+    act = AuditEntry(at=NOW, who="op", action="guest-remove", subject=str(GUEST), reason="r")
+    await ProviderStore(store).remove_guest(GUEST, act)
     assert GUEST not in (await load_snapshot(store)).guests
     await store.close()
 

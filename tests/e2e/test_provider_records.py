@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from harness.audit import AuditEntry
 from harness.errors import StoreError
 from harness.provider.admission import GuestRecord
+from harness.provider.hosts_store import HostStore
 from harness.provider.proxy import open_records
 from harness.provider.registrar_store import RegistrarStore
 from harness.provider.tables import SCHEMA, Allowlist, Base
@@ -17,6 +19,7 @@ from harness.values import HostId
 from tests.support.pendings import agent, allow
 
 HOST = HostId(agent(7))
+ACT = AuditEntry(at=1.0, who="provider/provider-operator/op", action="act", subject="x", reason="r")
 
 
 def url_in(folder: Path) -> str:
@@ -27,10 +30,10 @@ async def filled(folder: Path) -> Store:
     """A database as the provider registrar leaves it."""
     store = await open_store(url_in(folder), Base.metadata, component="provider", version=SCHEMA)
     registrar = RegistrarStore(store)
-    await registrar.add_tenant("alice", "PEM")
-    await registrar.announce_host(HOST, "h", "https://h")
-    await registrar.allow("alice", HOST, allow([0, 7]))
-    await registrar.define_guest(agent(1), "alice", HOST, "g")
+    await registrar.add_tenant("alice", "PEM", ACT)
+    await HostStore(store).announce(HOST, "h", "https://h")
+    await registrar.allow("alice", HOST, allow([0, 7]), ACT)
+    await registrar.define_guest(agent(1), "alice", HOST, "g", ACT)
     return store
 
 
@@ -43,7 +46,7 @@ async def test_a_snapshot_holds_what_the_registrar_wrote(tmp_path: Path) -> None
         assert snapshot.hosts == {HOST: "https://h"}
         assert snapshot.allowlists == {("alice", HOST): allow([0, 7])}
         assert snapshot.guests == {agent(1): GuestRecord(tenant="alice", host_id=HOST)}
-        await RegistrarStore(store).remove_guest(agent(1))
+        await RegistrarStore(store).remove_guest(agent(1), ACT)
         assert (await load()).guests == {}
     await store.close()
 

@@ -46,6 +46,7 @@ from tests.support.provider_lab import Pki
 TIME_S = 30.0
 HOST, OTHER_HOST = HostId(agent(0xA01)), HostId(agent(0xA02))
 GUEST, OTHER, STRANGERS = agent(0xABC), agent(0xABD), agent(0xABE)
+HOST_SHOWN = {"host_id": str(HOST), "name": "host-1", "url": "https://host-1:1", "replacement": None}
 CA_KEY = ec.generate_private_key(ec.SECP256R1())
 
 
@@ -144,7 +145,7 @@ async def test_the_operators_records_are_shown_as_they_were_made(site: Site) -> 
         {"name": "alice", "allowlists": {str(HOST): {"sha256": [0, 7]}}},
         {"name": "bob", "allowlists": {}},
     ]
-    assert await site.operator.hosts() == [{"host_id": str(HOST), "name": "host-1", "url": "https://host-1:1"}]
+    assert await site.operator.hosts() == [HOST_SHOWN]
     assert await site.guest() == {
         "agent_id": str(GUEST),
         "name": "web",
@@ -274,6 +275,21 @@ BAD_CALLS: list[tuple[str, str, object]] = [
     ("POST", "/v1/guests", {"agent_id": str(GUEST), "tenant": "alice", "host_id": str(HOST), "name": "a b"}),
     ("POST", "/v1/guests", {"agent_id": str(GUEST), "tenant": "alice", "host_id": str(HOST)}),
     ("DELETE", "/v1/guests/X", None),
+    ("DELETE", f"/v1/guests/{GUEST}?why=x", None),
+    ("DELETE", f"/v1/guests/{GUEST}?reason=", None),
+    ("DELETE", f"/v1/guests/{GUEST}?reason=a&reason=b", None),
+    ("PUT", f"/v1/tenants/alice/allowlists/{HOST}?reason=%0A", {"sha256": [0]}),
+    (
+        "POST",
+        "/v1/guests",
+        {"agent_id": str(agent(9)), "tenant": "alice", "host_id": str(HOST), "name": "x", "reason": 5},
+    ),
+    ("DELETE", f"/v1/hosts/{HOST}", None),
+    ("PUT", f"/v1/hosts/{HOST}/replace", {"host_id": str(OTHER_HOST)}),
+    ("PUT", f"/v1/hosts/{HOST}/replace", {"reason": "x"}),
+    ("PUT", f"/v1/hosts/{HOST}/replace", {"host_id": "host-2", "reason": "x"}),
+    ("PUT", f"/v1/guests/{GUEST}/host", {"host_id": str(OTHER_HOST)}),
+    ("PUT", f"/v1/guests/{GUEST}/host", {"reason": "x"}),
 ]
 
 
@@ -303,7 +319,11 @@ OPERATORS = [
     ("GET", "/v1/guests"),
     ("POST", "/v1/guests"),
     ("DELETE", f"/v1/guests/{GUEST}"),
+    ("PUT", f"/v1/guests/{GUEST}/host"),
     ("GET", "/v1/hosts"),
+    ("PUT", f"/v1/hosts/{HOST}/replace"),
+    ("DELETE", f"/v1/hosts/{HOST}?reason=x"),
+    ("GET", "/v1/audit"),
 ]
 HOST_AGENTS = [("PUT", f"/v1/hosts/{HOST}"), ("PUT", f"/v1/hosts/{HOST}/guests")]
 GUEST_AGENTS = [(method, f"/v2.1/agents/{GUEST}") for method in ("POST", "PUT")]
@@ -372,7 +392,7 @@ async def test_a_host_agent_does_not_take_another_host_over(site: Site) -> None:
     """Host ids are no secret: knowing one redirects no tenant's requests."""
     with pytest.raises(Conflict):
         await site.host_agent("host-2").put(f"/v1/hosts/{HOST}", {"name": "host-2", "url": "https://evil"})
-    assert await site.operator.hosts() == [{"host_id": str(HOST), "name": "host-1", "url": "https://host-1:1"}]
+    assert await site.operator.hosts() == [HOST_SHOWN]
 
 
 async def test_a_name_belongs_to_one_host(site: Site) -> None:
