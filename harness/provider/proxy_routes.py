@@ -59,13 +59,14 @@ class Proxy:
     @property
     def routes(self) -> list[Route]:
         """Calls of tenants."""
-        registrar = {Role.TENANT_REGISTRAR}
+        verifier = {Role.TENANT_VERIFIER}
+        tenant = {Role.TENANT_REGISTRAR, Role.TENANT_VERIFIER}  # whichever of its services a tenant enrols hosts with
         return [
-            Route("GET", "/v1/verifier", self._counted(self._verifier), roles={Role.TENANT_VERIFIER}),
-            Route("GET", "/v1/hosts", self._counted(self._hosts), roles=registrar),
-            Route("GET", "/v1/hosts/{host_id}/identity", self._counted(self._identity), roles=registrar),
-            Route("POST", "/v1/hosts/{host_id}/activate", self._counted(self._activate), roles=registrar),
-            Route("POST", "/v1/hosts/{host_id}/certify", self._counted(self._certify), roles=registrar),
+            Route("GET", "/v1/verifier", self._counted(self._verifier), roles=verifier),
+            Route("GET", "/v1/hosts", self._counted(self._hosts), roles=tenant),
+            Route("GET", "/v1/hosts/{host_id}/identity", self._counted(self._identity), roles=tenant),
+            Route("POST", "/v1/hosts/{host_id}/activate", self._counted(self._activate), roles=tenant),
+            Route("POST", "/v1/hosts/{host_id}/certify", self._counted(self._certify), roles=tenant),
         ]
 
     def _counted(
