@@ -31,6 +31,7 @@ from harness.store_errors import name_of
 
 _PATIENCE_S = 2.0
 _TURN_S = 0.02
+_PUT_BACK = "put the file or a backup back (`harness db restore`)"
 
 
 def path_of(url: URL) -> Path | None:
@@ -46,10 +47,16 @@ def make(path: Path) -> None:
     not hold there), and closing a descriptor of a file that SQLite has open in this process would drop SQLite's locks.
 
     Raises:
+        StoreError: only its log is there: SQLite would play that into the new file.
         OSError, sqlite3.Error: it cannot be made.
     """
     if os.path.lexists(path):
         return
+    log = Path(f"{path}-wal")
+    if os.path.lexists(log) and not os.path.lexists(path):  # looked at again: both may have been made just now
+        raise StoreError(
+            f"database {path}: the file is missing, its log {log.name} is not; {_PUT_BACK}, or move the log away"
+        )
     descriptor, half = tempfile.mkstemp(dir=path.parent, prefix=".new-database-")  # 0600
     os.close(descriptor)
     try:
@@ -105,8 +112,8 @@ class Lease:
             StoreError: it was deleted or replaced.
         """
         if _identity(self._path) != self._file:
-            step = "stop the service, put the file or a backup back (`harness db restore`), and start it again"
-            raise StoreError(f"{name_of(self._url)}: the file was deleted or replaced while it was in use; {step}")
+            found = "the file was deleted or replaced while it was in use"
+            raise StoreError(f"{name_of(self._url)}: {found}; stop the service, {_PUT_BACK}, and start it again")
 
     def release(self) -> None:
         """Gives the lease back; the last one takes the lock's file away."""

@@ -19,9 +19,9 @@ import hypothesis
 import pytest
 
 from tests.support import requirements
-from tests.support.databases import database_url, postgres
+from tests.support.databases import database_url, postgres, store_url
 
-__all__ = ["database_url", "postgres"]
+__all__ = ["database_url", "postgres", "store_url"]
 
 SEED = int(os.environ.get("HARNESS_SEED") or secrets.randbelow(2**32))
 

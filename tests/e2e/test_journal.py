@@ -1,4 +1,4 @@
-"""The host agent's journal in a real SQLite file: what it allows, what a release does, and that it survives."""
+"""The host agent's journal in a real database: what it allows, what a release does, and that it survives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from harness.audit import AuditEntry
 from harness.errors import CloneSuspected, Conflict, NotFound
 from harness.provider.journal import ECC_EK, PLATFORM, RSA_EK, Journal
 from harness.provider.tables import HOST_SCHEMA, HostBase, IssuedCertificate
@@ -22,14 +23,13 @@ KEY, ECC_KEY, SECOND_KEY = (bytes([number]) * 32 for number in (1, 2, 3))
 FILE = os.stat_result((0o600, 7, 8, 1, 0, 0, 0, 0, 0, 0))
 
 
-async def opened(folder: Path) -> Store:
-    url = f"sqlite+aiosqlite:///{folder / 'agent.db'}"
+async def opened(url: str) -> Store:
     return await open_store(url, HostBase.metadata, component="host-agent", version=HOST_SCHEMA)
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await opened(tmp_path)
+async def store(database_url: str) -> AsyncIterator[Store]:
+    store = await opened(database_url)
     yield store
     await store.close()
 
@@ -103,7 +103,7 @@ async def test_a_release_lets_a_new_vtpm_be_made_and_stays_in_the_journal(journa
     await journal.record(GUEST, RSA_EK, KEY, 1)
     await journal.record(GUEST, ECC_EK, ECC_KEY, 2)
     await journal.record(OTHER, RSA_EK, SECOND_KEY, 3)
-    await journal.release(GUEST, "disk lost")
+    await journal.release(GUEST, "disk lost", who="uid 0")
     assert await journal.rsa_eks() == {OTHER: SECOND_KEY}
     assert [(row.released_at, row.reason) for row in await rows(store)] == [
         (1234.5, "disk lost"),
@@ -114,10 +114,23 @@ async def test_a_release_lets_a_new_vtpm_be_made_and_stays_in_the_journal(journa
     assert len(await rows(store)) == 4
 
 
+async def test_a_release_is_audited_with_who_and_why(journal: Journal) -> None:
+    """In the same transaction; a release of nothing is not in the audit trail."""
+    await journal.record(GUEST, RSA_EK, KEY, 1)
+    await journal.release(GUEST, "disk lost", who="uid 0")
+    with pytest.raises(NotFound):
+        await journal.release(GUEST, "again", who="uid 0")
+    entry = AuditEntry(at=1234.5, who="uid 0", action="vtpm-release", subject=str(GUEST), reason="disk lost")
+    assert await journal.audit() == [entry]
+    renewed = AuditEntry(at=1.0, who="op", action="certificate-renew", subject="host-agent/h", reason="due")
+    await journal.keep(renewed)
+    assert await journal.audit() == [entry, renewed]
+
+
 async def test_a_released_key_may_be_certified_again(journal: Journal) -> None:
     """For the same guest: the operator has said so. Never for another one: the first certificate is still valid."""
     await journal.record(GUEST, RSA_EK, KEY, 1)
-    await journal.release(GUEST, "moved")
+    await journal.release(GUEST, "moved", who="uid 0")
     with pytest.raises(CloneSuspected):
         await journal.record(OTHER, RSA_EK, KEY, 2)
     await journal.record(GUEST, RSA_EK, KEY, 3)
@@ -127,13 +140,13 @@ async def test_a_released_key_may_be_certified_again(journal: Journal) -> None:
 async def test_releasing_nothing_is_not_found(journal: Journal) -> None:
     """Before anything was recorded, for another guest, and a second time."""
     with pytest.raises(NotFound):
-        await journal.release(GUEST, "?")
+        await journal.release(GUEST, "?", who="uid 0")
     await journal.record(GUEST, RSA_EK, KEY, 1)
     with pytest.raises(NotFound):
-        await journal.release(OTHER, "?")
-    await journal.release(GUEST, "!")
+        await journal.release(OTHER, "?", who="uid 0")
+    await journal.release(GUEST, "!", who="uid 0")
     with pytest.raises(NotFound):
-        await journal.release(GUEST, "?")
+        await journal.release(GUEST, "?", who="uid 0")
 
 
 async def test_the_last_start_of_a_guest_is_what_counts(journal: Journal, tmp_path: Path) -> None:
@@ -158,16 +171,16 @@ async def test_a_serial_of_160_bits_is_kept(journal: Journal, store: Store) -> N
     assert int((await rows(store))[0].serial, 16) == 2**159 + 1
 
 
-async def test_the_journal_survives_a_restart(tmp_path: Path) -> None:
+async def test_the_journal_survives_a_restart(database_url: str, tmp_path: Path) -> None:
     """Certified keys, seen keys and releases are in the file."""
-    store = await opened(tmp_path)
+    store = await opened(database_url)
     journal = Journal(store)
     await journal.record(GUEST, RSA_EK, KEY, 1)
     await journal.record(OTHER, RSA_EK, SECOND_KEY, 2)
-    await journal.release(OTHER, "gone")
+    await journal.release(OTHER, "gone", who="uid 0")
     await journal.saw(GUEST, tmp_path / "tpm2-00.permall", FILE, KEY)
     await store.close()
-    store = await opened(tmp_path)
+    store = await opened(database_url)
     again = Journal(store)
     assert (await again.rsa_eks(), await again.seen()) == ({GUEST: KEY}, {GUEST: KEY})
     with pytest.raises(Conflict):

@@ -69,3 +69,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return sqlite_url(tmp_path / "t.db")
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_database()
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """URL of a database that is not there yet: on SQLite; ``e2e/test_records_on_postgres`` has its own."""
+    return sqlite_url(tmp_path / "t.db")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -22,9 +21,8 @@ ALARMS = [Alarm(kind=f"k{n}", agent_id=AGENT if n else None, host_id="h", detail
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[AlarmStore]:
-    url = f"sqlite+aiosqlite:///{tmp_path}/alarms.db"
-    database = await open_store(url, Base.metadata, component="tenant", version=SCHEMA)
+async def store(store_url: str) -> AsyncIterator[AlarmStore]:
+    database = await open_store(store_url, Base.metadata, component="tenant", version=SCHEMA)
     try:
         made = AlarmStore(database)
         for at, alarm in enumerate(ALARMS):

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,8 +76,8 @@ class Registry:
 
 
 @pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
-    store = await open_store(f"sqlite+aiosqlite:///{tmp_path}/t.db", Base.metadata, component="tenant", version=SCHEMA)
+async def registry(store_url: str) -> AsyncIterator[Registry]:
+    store = await open_store(store_url, Base.metadata, component="tenant", version=SCHEMA)
     try:
         made = Registry(RegistrarStore(store))
         await made.store.pin_host(enrolled(made.host), ACT)
