@@ -110,6 +110,7 @@ def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest
     Returns:
         The verdict. Everything but an AppraisalError propagates: it is a fault, not a finding.
     """
+    proven: PcrValues | None = None
     try:
         evidence = parse_provider_evidence(results)  # 1
         if evidence.host_id != str(trust.host_id):  # 2
@@ -122,13 +123,14 @@ def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest
         _check_signer(attest, trust)  # 6
         _check_coverage(quote, sent.request.selection)  # 7
         _check_values(quote, evidence.pcrs, trust.ak)  # 8
+        proven = evidence.pcrs
         _check_policy(trust.policy, sent.request.selection, evidence.pcrs)  # 9
         seen = _check_clock(attest, trust.baseline)  # 10
         _check_binding(sent.request.binding, guest_binding)  # 11
     except HostRebooted as error:
-        return _rejected(error, _baseline_of(attest))
+        return _rejected(error, proven, _baseline_of(attest))
     except AppraisalError as error:
-        return _rejected(error)
+        return _rejected(error, proven)
     return Accepted(_appraised(seen, evidence.pcrs, sent.request.selection, trust.policy))
 
 
@@ -144,6 +146,7 @@ def appraise_guest(evidence: GuestEvidence, nonce: bytes, trust: GuestTrust, req
     Returns:
         The verdict; ClockWentBack with equal counters means that vTPM state was cloned or rolled back.
     """
+    proven: PcrValues | None = None
     try:
         attest, quote = _quote(evidence.attest)  # 4
         _check_extra_data(attest, nonce)  # 5
@@ -151,14 +154,15 @@ def appraise_guest(evidence: GuestEvidence, nonce: bytes, trust: GuestTrust, req
         _check_signature(attest, evidence.signature, trust.ak)  # 6
         _check_coverage(quote, requested)  # 7
         _check_values(quote, evidence.pcrs, trust.ak)  # 8
+        proven = evidence.pcrs
         if trust.transport_key_pem is not None:
             _check_transport_key(evidence.pcrs, requested, trust.transport_key_pem)  # 9
         _check_policy(trust.policy, requested, evidence.pcrs)  # 9
         seen = _check_clock(attest, trust.baseline)  # 10
     except HostRebooted as error:
-        return _rejected(error, _baseline_of(attest))
+        return _rejected(error, proven, _baseline_of(attest))
     except AppraisalError as error:
-        return _rejected(error)
+        return _rejected(error, proven)
     return Accepted(_appraised(seen, evidence.pcrs, requested, trust.policy))
 
 
@@ -313,8 +317,14 @@ def _appraised(
     return AppraisedEvidence(baseline=seen, values=pcrs, unjudged=PcrSelection.from_lists(unjudged))
 
 
-def _rejected(error: AppraisalError, new_baseline: ClockBaseline | None = None) -> Rejected:
-    return Rejected(check=error.check, error=type(error).__name__, detail=error.detail, new_baseline=new_baseline)
+def _rejected(error: AppraisalError, proven: PcrValues | None, new_baseline: ClockBaseline | None = None) -> Rejected:
+    return Rejected(
+        check=error.check,
+        error=type(error).__name__,
+        detail=error.detail,
+        new_baseline=new_baseline,
+        proven=proven,
+    )
 
 
 def _equal(left: bytes, right: bytes) -> bool:

@@ -47,10 +47,12 @@ class Timing:
         attempt_deadline_s: longest time of one question, from the creation of its nonce (DESIGN 3.5).
         clock_unsafe_limit_s: how long a TPM clock may stay "not safe" before the session fails.
         provider_quote_interval: rounds between two host quotes; 1 is each.
-        transport_retries: retries of one question after transport failures, and restarts of one round.
+        transport_patience_s: how long a peer may be away, or rounds may not end in time, before the session fails.
+        round_restarts: restarts of one round because counters changed.
         absent_retries: retries of one question after 404.
         backoff_first_s: first wait; each further one is twice as long.
         backoff_longest_s: longest wait that we choose ourselves.
+        absent_first_s, absent_longest_s: the same after 404: a guest that is being restarted is given time.
         retry_after_longest_s: longest Retry-After that we follow; a peer that asks for more has failed.
     """
 
@@ -59,10 +61,13 @@ class Timing:
     attempt_deadline_s: float = 30.0
     clock_unsafe_limit_s: float = 120.0
     provider_quote_interval: int = 1
-    transport_retries: int = 8
+    transport_patience_s: float = 600.0
+    round_restarts: int = 8
     absent_retries: int = 3
     backoff_first_s: float = 0.5
     backoff_longest_s: float = 10.0
+    absent_first_s: float = 6.0
+    absent_longest_s: float = 24.0
     retry_after_longest_s: float = 300.0
 
     def __post_init__(self) -> None:

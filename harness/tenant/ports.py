@@ -15,7 +15,7 @@ import random
 import secrets
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from harness.keylime_wire import GuestEvidence
 from harness.protocol import QuoteRequest
 from harness.tenant.states import State
-from harness.values import AgentId, ClockBaseline, PcrSelection
+from harness.values import AgentId, ClockBaseline, PcrSelection, PcrValues
 
 NONCE_SIZE = 32
 _GUEST_NONCE_SIZE = 20
@@ -133,6 +133,52 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reboot:
+    """Believable evidence of other counters than the baseline's.
+
+    Args:
+        ak_name: of the key that signed it.
+        old: the baseline that all agents of this key share; None: nothing yet.
+        new: what the evidence shows.
+    """
+
+    ak_name: bytes
+    old: ClockBaseline | None
+    new: ClockBaseline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastVerdict:
+    """One appraisal, for the operator.
+
+    Args:
+        at: seconds since the epoch.
+        accepted: whether the evidence was believed.
+        layer: guest or host.
+        failed_check, error: None when it was accepted.
+    """
+
+    at: float
+    accepted: bool
+    layer: str
+    failed_check: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """PCR values that signature and digest proved last; whether the policy allows them is another question.
+
+    Args:
+        at: seconds since the epoch.
+        pcrs: of the PCRs that were asked for.
+    """
+
+    at: float
+    pcrs: PcrValues = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What is stored of a session: enough to go on after a kill, and never more than was reached."""
 
@@ -148,6 +194,12 @@ class Progress:
     failed_check: int | None = None
     error: str | None = None
     detail: str | None = None
+    refused_reboot: Reboot | None = None
+    """The counters for which the session stopped; an operator may accept them."""
+    verdicts: tuple[PastVerdict, ...] = ()
+    """The newest, oldest first."""
+    seen: Mapping[str, Seen] = field(default_factory=dict, repr=False)
+    """By layer; for the capture of reference values."""
 
 
 class Records(Protocol):
@@ -159,14 +211,11 @@ class Records(Protocol):
     async def raise_clock(self, ak_name: bytes, seen: ClockBaseline) -> None:
         """Stores an accepted clock: as the first baseline, or when it is higher under equal counters; never lower."""
 
-    async def replace_baseline(self, ak_name: bytes, *, old: ClockBaseline | None, new: ClockBaseline) -> bool:
-        """Stores the baseline after an allowed reboot if the stored counters still are those of ``old``."""
+    async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
+        """Stores the baseline after an allowed reboot if the stored counters still are the old ones; and the alarm."""
 
-    async def save(self, agent_id: AgentId, progress: Progress) -> None:
-        """Stores the progress of a session."""
-
-    async def alarm(self, alarm: Alarm) -> None:
-        """Adds a row to the operator's alarms."""
+    async def save(self, agent_id: AgentId, progress: Progress, alarm: Alarm | None = None) -> None:
+        """Stores the progress of a session, and the alarm that belongs to it, in one transaction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

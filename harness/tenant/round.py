@@ -30,20 +30,11 @@ from harness.tenant.appraisal import (
     appraise_host,
 )
 from harness.tenant.plan import HostKeys, Plan
-from harness.tenant.ports import Ports
+from harness.tenant.ports import Ports, Reboot
 from harness.tenant.retries import GUEST, HOST
-from harness.values import ClockBaseline, Nonce
+from harness.values import ClockBaseline, Nonce, PcrValues
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reboot:
-    """Believable evidence of other counters than the baseline's."""
-
-    ak_name: bytes
-    old: ClockBaseline | None
-    new: ClockBaseline
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +46,7 @@ class Finding:
     detail: str
     check: int | None = None
     reboot: Reboot | None = None
+    proven: PcrValues | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,4 +260,4 @@ def same_counters(left: ClockBaseline | None, right: ClockBaseline | None) -> bo
 
 def _finding(layer: str, verdict: Rejected, ak_name: bytes, old: ClockBaseline | None) -> Finding:
     reboot = None if verdict.new_baseline is None else Reboot(ak_name=ak_name, old=old, new=verdict.new_baseline)
-    return Finding(layer, verdict.error, verdict.detail, verdict.check, reboot)
+    return Finding(layer, verdict.error, verdict.detail, verdict.check, reboot, verdict.proven)

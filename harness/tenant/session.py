@@ -13,8 +13,11 @@ Invariants:
     3. Within a round the host is asked after the guest's evidence was accepted, and bound to exactly that evidence.
     4. V leaves only through `Round.accepted_key`, which exists only when every layer that the plan needs was accepted
        in the same round.
-    5. A finding is stored before the session may end: a stop of the service does not lose it.
+    5. A finding is stored, with its alarm, before the session may end: a stop of the service does not lose it.
     6. An exception that is not a peer's failure ends in TENANT_FAILED: no path leads from it to "attested".
+    7. A success counts from the moment of its acceptance, and only once it is stored. It is over after three intervals
+       of the monotonic clock and of the wall clock, whichever is faster: a clock that jumps makes nobody attested.
+    8. A database that fails ends no session: what is to be stored waits for it (`bookkeeping`).
 
 Owner: the task that runs `run`; `resume`, `delete` and the views are called from the same event loop.
 
@@ -24,11 +27,21 @@ Spec: DESIGN 3.5 (10, 11), 3.8; STYLE B3, job 1.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from harness import events
-from harness.errors import Conflict, DeadlineExceeded, HarnessError, IllegalTransition, MalformedEvidence
+from harness.errors import (
+    Conflict,
+    DeadlineExceeded,
+    HarnessError,
+    IllegalTransition,
+    MalformedEvidence,
+    StoreError,
+)
+from harness.tenant import history
+from harness.tenant.appraisal import AppraisedEvidence
+from harness.tenant.bookkeeping import Books
 from harness.tenant.payload import parse_transport_key, wrap_share
 from harness.tenant.plan import Plan
 from harness.tenant.ports import Alarm, Ports, Progress
@@ -44,12 +57,19 @@ class Session:
         plan: whom to ask and what to believe.
         ports: the peers, the records, time and chance.
         progress: what was reached before, as stored.
+        start_within_s: the first question is asked within this time, at random: sessions of a verifier that starts
+            do not all ask at once.
     """
 
-    def __init__(self, plan: Plan, ports: Ports, progress: Progress) -> None:
+    def __init__(self, plan: Plan, ports: Ports, progress: Progress, *, start_within_s: float = 0.0) -> None:
         self.plan = plan
         self._ports = ports
         self._progress = progress
+        self._start_within_s = start_within_s
+        self._books = Books(plan.agent_id, ports.clock, ports.chance, plan.timing)
+        self._success_at = self._restored_success()  # monotonic
+        self._due: float | None = None  # monotonic, while the session waits
+        self._alarm: Alarm | None = None  # raised, to be stored with what comes next
         self._retries = Retries(plan.timing)
         self._rounds = Rounds(plan, ports)
         self._round: Round | None = None
@@ -83,21 +103,44 @@ class Session:
         """What was reached so far."""
         return self._progress
 
+    @property
+    def store_fault(self) -> StoreError | None:
+        """Why nothing can be stored now; None when it can."""
+        return self._books.fault
+
     def attested(self) -> bool:
         """Whether all evidence was accepted within the last three intervals, and nothing was refused since."""
         last = self._progress.last_success
-        if last is None or self.state not in ACTIVE:
+        if last is None or self.state not in ACTIVE or self._books.fault is not None:
             return False
-        return 0 <= self._ports.clock.now() - last < self.plan.timing.attested_for_s
+        clock, window = self._ports.clock, self.plan.timing.attested_for_s
+        fresh = self._success_at is not None and clock.monotonic() - self._success_at < window
+        return fresh and 0 <= clock.now() - last < window
 
-    def resume(self) -> None:
-        """Lets a stopped session start anew at GET_QUOTE.
+    def _restored_success(self) -> float | None:
+        """Monotonic time of the stored success, by the wall clock of now; None where it is stale or of the future."""
+        last, clock = self._progress.last_success, self._ports.clock
+        age = -1.0 if last is None else clock.now() - last
+        return clock.monotonic() - age if 0 <= age < self.plan.timing.attested_for_s else None
+
+    def next_round_at(self) -> float | None:
+        """Unix time of the next question; None while one is asked, or when none will be."""
+        clock = self._ports.clock
+        return None if self._due is None else clock.now() + self._due - clock.monotonic()
+
+    def resumed(self) -> Progress:
+        """What is to be stored when an operator resumes: `resume` is called once it is.
 
         Raises:
             Conflict: the session is not stopped.
         """
         if self.state not in STOPPED:
             raise Conflict(f"agent {self.plan.agent_id} is in state {self.state.name}; nothing is to be resumed")
+        return replace(history.forgotten(self._progress), state=transition(self.state, Event.RESUME).state)
+
+    def resume(self) -> None:
+        """Lets a stopped session start anew at GET_QUOTE. Raises as `resumed`."""
+        self.resumed()
         self._resumed.set()
 
     def delete(self) -> None:
@@ -113,6 +156,8 @@ class Session:
         is stored.
         """
         event: Event | None = None if self.state in STOPPED else Event.BEGIN
+        if event is not None and self._start_within_s > 0:
+            await self._sleep(self._start_within_s * self._ports.chance.jitter())
         try:
             while True:
                 event = await self._guarded_step(event)
@@ -133,7 +178,7 @@ class Session:
 
     async def _step(self, event: Event) -> Event | None:
         *bookkeeping, activity = self._fire(event)
-        await _finished(self._keep_books(bookkeeping))
+        await self._keep_books(bookkeeping)
         return await self._perform[activity]()
 
     async def _keep_books(self, effects: Iterable[Effect]) -> None:
@@ -147,7 +192,9 @@ class Session:
                 "state", agent_id=str(self.plan.agent_id), old=self.state.name, new=row.state.name, cause=event.name
             )
         progress = replace(self._progress, state=row.state)
-        self._progress = self._with_finding(progress) if Effect.RECORD_FAILURE in row.effects else progress
+        if Effect.RECORD_FAILURE in row.effects and self._finding is not None:
+            progress = history.stopped(progress, self._finding)  # nobody sees the state without its reason
+        self._progress = progress
         return row.effects
 
     # --- bookkeeping --------------------------------------------------------------------------------------
@@ -160,49 +207,34 @@ class Session:
         self._retries.forget()
         self._rounds.require_host()
         self._finding = None
-        # the operator knows of earlier reboots: only the baseline that all guests of the host share counts from here on
-        self._progress = replace(
-            self._progress, host_baseline=None, layer=None, failed_check=None, error=None, detail=None
-        )
-        await self._save()
+        await self._save(history.forgotten(self._progress))
 
     async def _record_success(self) -> None:
         self._retries.succeeded()
         self._finding = None
         host = self._round.host_baseline if self._round else None
-        self._progress = replace(
-            self._progress,
+        at = self._ports.clock.monotonic()
+        reached = replace(
+            history.forgotten(self._progress),
             last_success=self._ports.clock.now(),
             rounds=self._progress.rounds + 1,
             host_baseline=host or self._progress.host_baseline,
-            layer=None,
-            failed_check=None,
-            error=None,
-            detail=None,
         )
-        await self._save()
+        await self._save(reached, success_at=at)
 
     async def _record_failure(self) -> None:
-        await self._save()
-
-    def _with_finding(self, progress: Progress) -> Progress:
-        """Why the session stops, in the same step as the state that says so: nobody sees one without the other."""
-        finding = self._finding
-        if finding is None:
-            return progress
-        return replace(
-            progress,
-            layer=finding.layer,
-            failed_check=finding.check,
-            error=finding.error,
-            detail=finding.detail,
-        )
+        await self._save(self._progress)
 
     async def _store_baseline(self) -> None:
-        reboot = self._finding.reboot if self._finding else None
-        if reboot is None:
-            raise IllegalTransition("a baseline is to be stored without a reboot")
-        await self._ports.records.replace_baseline(reboot.ak_name, old=reboot.old, new=reboot.new)
+        reboot, alarm = (self._finding.reboot if self._finding else None), self._alarm
+        if reboot is None or alarm is None:
+            raise IllegalTransition("a baseline is to be stored without a reboot and its alarm")
+
+        async def store() -> None:
+            await self._ports.records.replace_baseline(reboot, alarm)
+            self._alarm = None
+
+        await self._books.write(store)
         self._rounds.require_host()
 
     async def _raise_alarm(self) -> None:
@@ -212,26 +244,35 @@ class Session:
         host_id = None if self.plan.host is None else str(self.plan.host.host_id)
         events.emit("alarm", agent_id=str(self.plan.agent_id), host_id=host_id, layer=finding.layer, kind=finding.error)
         detail = f"{finding.layer}: {finding.detail}"
-        await self._ports.records.alarm(
-            Alarm(kind=finding.error, agent_id=self.plan.agent_id, host_id=host_id, detail=detail)
-        )
+        self._alarm = Alarm(kind=finding.error, agent_id=self.plan.agent_id, host_id=host_id, detail=detail)
 
     async def _log_error(self) -> None:
         detail = self._finding.detail if self._finding else ""
         events.emit("session_error", level="error", agent_id=str(self.plan.agent_id), detail=detail)
 
-    async def _save(self) -> None:
-        await self._ports.records.save(self.plan.agent_id, self._progress)
+    async def _save(self, reached: Progress, *, success_at: float | None = None) -> None:
+        """Stores what was reached, with the alarm that was raised; only then it is what others see."""
+        alarm = self._alarm
+
+        async def store() -> None:
+            await self._ports.records.save(self.plan.agent_id, reached, alarm)
+            self._progress, self._alarm = reached, None
+            self._success_at = self._success_at if success_at is None else success_at
+
+        await self._books.write(store)
 
     # --- activities ---------------------------------------------------------------------------------------
 
     async def _ask_guest(self) -> Event:
-        outcome = await self._rounds.ask_guest()
+        try:
+            outcome = await self._rounds.ask_guest()
+        except StoreError as error:
+            return self._not_stored(error)
         if isinstance(outcome, Unanswered):
             return self._unanswered(GUEST, outcome.error)
         if isinstance(outcome, Finding):
             return self._rejected(outcome)
-        self._retries.answered(GUEST)
+        self._answered(GUEST, outcome.guest)
         self._round = outcome
         if self._rounds.host_due(v_due=self._v_due()):
             return Event.GUEST_ACCEPTED
@@ -241,7 +282,10 @@ class Session:
         current = self._current_round()
         if self._rounds.expired(current):
             return self._restarted(Event.ROUND_EXPIRED, "the round was not over in time, again and again")
-        outcome = await self._rounds.ask_host(current, own=self._progress.host_baseline)
+        try:
+            outcome = await self._rounds.ask_host(current, own=self._progress.host_baseline)
+        except StoreError as error:
+            return self._not_stored(error)
         if outcome is None:
             return self._restarted(Event.BASELINE_CHANGED, "the host was reset within the round, again and again")
         if isinstance(outcome, Unanswered):
@@ -249,7 +293,8 @@ class Session:
             return Event.ROUND_EXPIRED if event is Event.TRANSPORT_FAILED and self._out_of_time(outcome) else event
         if isinstance(outcome, Finding):
             return self._rejected(outcome)
-        self._retries.answered(HOST)
+        if outcome.host is not None:
+            self._answered(HOST, outcome.host)
         self._round = outcome
         return self._accepted(outcome)
 
@@ -257,7 +302,10 @@ class Session:
         share = self.plan.v
         if share is None:
             raise IllegalTransition("V is to be sent for an agent without a payload")
-        wrapped = wrap_share(share, parse_transport_key(self._current_round().accepted_key()))
+        current = self._current_round()
+        if self._rounds.expired(current):  # what is stored before V goes out may have waited for the database
+            return Event.ROUND_EXPIRED
+        wrapped = wrap_share(share, parse_transport_key(current.accepted_key()))
         try:
             async with self._ports.clock.timeout(self.plan.timing.attempt_deadline_s):
                 await self._ports.guest.provide_v(wrapped)
@@ -266,20 +314,26 @@ class Session:
         except HarnessError as error:
             return self._unanswered(PAYLOAD, error)
         self._retries.answered(PAYLOAD)
-        self._progress = replace(self._progress, v_released=True)
-        await _finished(self._save())
+        await self._save(replace(self._progress, v_released=True))
         return Event.V_DELIVERED
 
     async def _back_off(self) -> Event:
-        await self._ports.clock.sleep(self._retries.wait_s(self._ports.chance.jitter()))
+        await self._sleep(self._retries.wait_s(self._ports.chance.jitter()))
         bound_to_round = self.state in (State.GET_PROVIDER_QUOTE_RETRY, State.PROVIDE_V_RETRY)
         if bound_to_round and self._rounds.expired(self._current_round()):
             return Event.ROUND_EXPIRED
         return Event.RETRY_DUE
 
     async def _wait_interval(self) -> Event:
-        await self._ports.clock.sleep(self.plan.timing.quote_interval_s)
+        await self._sleep(self.plan.timing.quote_interval_s)
         return Event.INTERVAL_OVER
+
+    async def _sleep(self, seconds: float) -> None:
+        self._due = self._ports.clock.monotonic() + seconds
+        try:
+            await self._ports.clock.sleep(seconds)
+        finally:
+            self._due = None
 
     async def _await_operator(self) -> Event:
         await self._resumed.wait()
@@ -294,47 +348,41 @@ class Session:
         self._rounds.finished(done)
         return Event.V_DUE if self._v_due() else Event.ROUND_ACCEPTED
 
+    def _answered(self, layer: str, evidence: AppraisedEvidence) -> None:
+        self._retries.answered(layer)
+        at = self._ports.clock.now()
+        self._progress = history.accepted(self._progress, self.plan, layer, evidence.values, at)
+
+    def _not_stored(self, error: StoreError) -> Event:
+        """Event for an accepted clock that cannot be stored: the question is asked again, as if nothing had come."""
+        self._books.failed(error)
+        return self._retries.not_stored()
+
     def _unanswered(self, layer: str, error: HarnessError) -> Event:
         """Event for a failure around a question; an answer that is no evidence at all is a verdict (check 1)."""
         if isinstance(error, MalformedEvidence):
             return self._rejected(Finding(layer, type(error).__name__, error.detail, check=error.check))
         self._finding = Finding(layer, type(error).__name__, error.detail)
-        return self._retries.after(layer, error)
+        return self._retries.after(layer, error, self._ports.clock.monotonic())
 
     def _out_of_time(self, outcome: Unanswered) -> bool:
         return isinstance(outcome.error, DeadlineExceeded) and self._rounds.expired(self._current_round())
 
     def _restarted(self, event: Event, detail: str) -> Event:
         self._finding = Finding(HOST, event.name, detail)
-        return self._retries.restart(event)
+        return self._retries.restart(event, self._ports.clock.monotonic())
 
     def _rejected(self, finding: Finding) -> Event:
         self._finding = finding
+        clock = self._ports.clock
+        self._progress = history.rejected(self._progress, self.plan, finding, clock.now())
         if finding.error == "ClockNotSafe":
-            return self._retries.unsafe(finding.layer, self._ports.clock.monotonic())
+            return self._retries.unsafe(finding.layer, clock.monotonic())
         if finding.reboot is not None and self.plan.allow_reboots:
-            return self._retries.restart(Event.REBOOT_ALLOWED)
+            return self._retries.restart(Event.REBOOT_ALLOWED, clock.monotonic())
         return Event.APPRAISAL_FAILED
 
     def _current_round(self) -> Round:
         if self._round is None:
             raise IllegalTransition("no accepted guest evidence in this round")
         return self._round
-
-
-async def _finished(bookkeeping: Coroutine[None, None, None]) -> None:
-    """Waits until it is done, also when cancelled meanwhile. Bounded, because a transaction is.
-
-    *Cancellation:* it was done, or a second cancellation stopped it.
-    """
-    task = asyncio.get_running_loop().create_task(bookkeeping)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        try:
-            await asyncio.wait({task})
-        finally:
-            task.cancel()
-        if not task.cancelled() and (fault := task.exception()) is not None:  # must not hide the cancellation
-            events.emit("session_fault", level="error", detail=str(fault))
-        raise

@@ -6,6 +6,8 @@ Invariants:
     2. This module is pure: it knows neither sockets nor clocks nor databases, and not why an event came.
     3. Every row ends with exactly one activity (`Effect.is_activity`); all other effects come before it.
     4. ``SEND_V`` is reached from ``V_DUE`` and from a retry of the delivery only, never from a failure.
+    5. Whoever stops a session raises an alarm; ``RAISE_ALARM`` stands right before the effect that stores it, so that
+       the finding and its alarm are one transaction.
 
 Owner: nobody; the table is read-only.
 
@@ -78,8 +80,8 @@ class Effect(enum.Enum):
     STORE_AGENT = "store the agent"
     NEW_ROUND = "forget the evidence of the round"
     RECORD_SUCCESS = "record the time of success"
-    STORE_BASELINE = "store the new clock baseline"
     RAISE_ALARM = "raise an alarm"
+    STORE_BASELINE = "store the new clock baseline"
     LOG_ERROR = "log an error of ours"
     RECORD_FAILURE = "store the failure and its reason"
     RESET_COUNTERS = "forget earlier failures"
@@ -141,9 +143,8 @@ class Transition:
 _Row = tuple[State, Event, State, tuple[Effect, ...]]
 
 _NEW_ROUND = (Effect.NEW_ROUND, Effect.ASK_GUEST)
-_STOP = (Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
-_FINDING = (Effect.RECORD_FAILURE, Effect.RAISE_ALARM, Effect.AWAIT_OPERATOR)
-_OUR_BUG = (Effect.LOG_ERROR, Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
+_STOP = (Effect.RAISE_ALARM, Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR)
+_OUR_BUG = (Effect.LOG_ERROR, *_STOP)
 
 
 def _life() -> list[_Row]:
@@ -179,11 +180,11 @@ def _failures(asking: State, retry: State, again: Effect) -> list[_Row]:
 
 def _verdicts(asking: State, retry: State) -> list[_Row]:
     """Rows of the two questions whose answer is appraised."""
-    rebooted = (Effect.STORE_BASELINE, Effect.RAISE_ALARM, *_NEW_ROUND)
+    rebooted = (Effect.RAISE_ALARM, Effect.STORE_BASELINE, *_NEW_ROUND)
     return [
         (asking, Event.ROUND_ACCEPTED, State.GET_QUOTE, (Effect.RECORD_SUCCESS, Effect.WAIT_INTERVAL)),
         (asking, Event.V_DUE, State.PROVIDE_V, (Effect.RECORD_SUCCESS, Effect.SEND_V)),
-        (asking, Event.APPRAISAL_FAILED, State.INVALID_QUOTE, _FINDING),
+        (asking, Event.APPRAISAL_FAILED, State.INVALID_QUOTE, _STOP),
         (asking, Event.REBOOT_ALLOWED, State.GET_QUOTE, rebooted),
         (asking, Event.CLOCK_NOT_SAFE, retry, (Effect.BACK_OFF,)),
         (asking, Event.CLOCK_UNSAFE_TOO_LONG, State.FAILED, _STOP),
@@ -206,6 +207,7 @@ def _rows() -> list[_Row]:
         (State.GET_PROVIDER_QUOTE_RETRY, Event.ROUND_EXPIRED, State.GET_QUOTE, _NEW_ROUND),
         *_failures(*share, Effect.SEND_V),
         (State.PROVIDE_V, Event.V_DELIVERED, State.GET_QUOTE, (Effect.WAIT_INTERVAL,)),
+        (State.PROVIDE_V, Event.ROUND_EXPIRED, State.GET_QUOTE, _NEW_ROUND),
         (State.PROVIDE_V_RETRY, Event.ROUND_EXPIRED, State.GET_QUOTE, _NEW_ROUND),
     ]
 

@@ -100,12 +100,14 @@ class Rejected:
         error: name of the error class.
         detail: one sentence.
         new_baseline: for HostRebooted, the counters that the believable but rejected evidence shows; else None.
+        proven: the signed PCR values, where checks 4 to 8 held and a later one failed; else None.
     """
 
     check: int
     error: str
     detail: str
     new_baseline: ClockBaseline | None = None
+    proven: PcrValues | None = field(default=None, repr=False)
 
 
 Verdict = Accepted | Rejected

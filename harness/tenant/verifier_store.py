@@ -5,6 +5,7 @@ Invariants:
        allowed reboot (compare and set), or a later enrolment of the key.
     2. Reads of baselines see every committed write: one process owns the table, and writes go through one lock.
     3. V is stored until it was delivered, and is removed in the same transaction that records the delivery.
+    4. A finding and its alarm, an operator's act and its audit entry, are one transaction each.
 
 Owner: the verifier's event loop.
 
@@ -14,19 +15,21 @@ Spec: DESIGN 3.5 (10), 3.8.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from harness.errors import Conflict
+from harness import audit_store, events
+from harness.audit import AuditEntry
+from harness.errors import Conflict, HarnessError
 from harness.store import Store
-from harness.tenant.ports import Alarm, Progress
+from harness.tenant.ports import Alarm, Progress, Reboot
+from harness.tenant.progress_text import decode_progress, decode_seen, encode_progress, encode_seen
 from harness.tenant.round import same_counters
 from harness.tenant.states import ACTIVE, Event, State, transition
-from harness.tenant.tables import Agent, AlarmRow, Baseline
+from harness.tenant.tables import Agent, AlarmRow, AuditRow, Baseline
 from harness.values import AgentId, ClockBaseline, parse_agent_id
 
 
@@ -64,11 +67,15 @@ class VerifierStore:
         self._baselines: dict[bytes, tuple[ClockBaseline, float]] = {}
 
     async def load(self) -> list[StoredAgent]:
-        """Reads everything; called once, before the first session. Active agents come back as SAVED."""
+        """Reads everything; called once, before the first session. Active agents come back as SAVED.
+
+        A row that cannot be read is an event and is left out: it must not keep the others from being attested.
+        """
         async with self._store.begin() as session:
             for row in await session.scalars(select(Baseline)):
                 self._baselines[row.ak_name] = (_baseline(row), row.enrolled_at)
-            return [_stored(row) for row in await session.scalars(select(Agent).order_by(Agent.agent_id))]
+            rows = list(await session.scalars(select(Agent).order_by(Agent.agent_id)))
+        return [agent for row in rows if (agent := _stored(row)) is not None]
 
     async def add(self, agent: StoredAgent) -> None:
         """Stores a new agent.
@@ -86,7 +93,7 @@ class VerifierStore:
                     snapshot=agent.snapshot,
                     v=agent.v,
                     state=agent.progress.state.value,
-                    progress=_encode(agent.progress),
+                    progress=encode_progress(agent.progress),
                 )
             )
 
@@ -95,23 +102,55 @@ class VerifierStore:
         async with self._writing, self._store.begin() as session:
             await session.execute(delete(Agent).where(Agent.agent_id == str(agent_id)))
 
-    # --- Records ------------------------------------------------------------------------------------------
+    # --- acts of the operator, and what follows a guest ---------------------------------------------------
 
-    async def save(self, agent_id: AgentId, progress: Progress) -> None:
-        """See `Records`. An agent that was removed meanwhile stays removed."""
+    async def resume(self, agent_id: AgentId, progress: Progress, entry: AuditEntry) -> None:
+        """Stores that an operator resumes a stopped agent."""
+        async with self._writing, self._store.begin() as session:
+            await _put_progress(session, agent_id, progress)
+            audit_store.record(session, AuditRow, entry)
+
+    async def accept_reboot(self, agent_id: AgentId, progress: Progress, entry: AuditEntry, reboot: Reboot) -> None:
+        """As `resume`; the counters that were refused become the baseline of their key.
+
+        Raises:
+            Conflict: the stored counters are neither the old nor the new ones: another reboot was accepted meanwhile.
+        """
+        async with self._writing:
+            known, enrolled_at = self._baselines.get(reboot.ak_name, (None, 0.0))
+            done = same_counters(known, reboot.new)
+            if not done and not same_counters(known, reboot.old):
+                raise Conflict("other counters than the refused ones were accepted meanwhile; resume without them")
+            async with self._store.begin() as session:
+                await _put_progress(session, agent_id, progress)
+                audit_store.record(session, AuditRow, entry)
+                if not done:
+                    await _put_baseline(session, reboot.ak_name, reboot.new, enrolled_at)
+            if not done:
+                self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
+
+    async def set_policy(self, agent_id: AgentId, request: str, progress: Progress, entry: AuditEntry) -> None:
+        """Stores an agent's new request, what its session had reached, and the act."""
+        async with self._writing, self._store.begin() as session:
+            row = await _put_progress(session, agent_id, progress)
+            if row is not None:
+                row.request = request
+            audit_store.record(session, AuditRow, entry)
+
+    async def moved(self, agent_id: AgentId, request: str, snapshot: str) -> None:
+        """Stores where a guest is reached now."""
         async with self._writing, self._store.begin() as session:
             row = await session.get(Agent, str(agent_id))
             if row is not None:
-                row.state, row.progress = progress.state.value, _encode(progress)
-                row.v = None if progress.v_released else row.v
+                row.request, row.snapshot = request, snapshot
 
-    async def alarm(self, alarm: Alarm) -> None:
-        """See `Records`."""
+    # --- Records ------------------------------------------------------------------------------------------
+
+    async def save(self, agent_id: AgentId, progress: Progress, alarm: Alarm | None = None) -> None:
+        """See `Records`. An agent that was removed meanwhile stays removed."""
         async with self._writing, self._store.begin() as session:
-            agent_id = None if alarm.agent_id is None else str(alarm.agent_id)
-            session.add(
-                AlarmRow(at=self._now(), kind=alarm.kind, agent_id=agent_id, host_id=alarm.host_id, detail=alarm.detail)
-            )
+            await _put_progress(session, agent_id, progress)
+            self._add_alarm(session, alarm)
 
     async def baseline(self, ak_name: bytes) -> ClockBaseline | None:
         """See `Records`."""
@@ -125,14 +164,18 @@ class VerifierStore:
             if known is None or (same_counters(known, seen) and seen.clock > known.clock):
                 await self._put(ak_name, seen, enrolled_at)
 
-    async def replace_baseline(self, ak_name: bytes, *, old: ClockBaseline | None, new: ClockBaseline) -> bool:
+    async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
         """See `Records`."""
         async with self._writing:
-            known, enrolled_at = self._baselines.get(ak_name, (None, 0.0))
-            if not same_counters(known, old):
-                return False
-            await self._put(ak_name, new, enrolled_at)
-            return True
+            known, enrolled_at = self._baselines.get(reboot.ak_name, (None, 0.0))
+            replaces = same_counters(known, reboot.old)
+            async with self._store.begin() as session:
+                if replaces:
+                    await _put_baseline(session, reboot.ak_name, reboot.new, enrolled_at)
+                self._add_alarm(session, alarm)
+            if replaces:
+                self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
+            return replaces
 
     async def enrolled(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
         """Takes the baseline of an enrolment if it is later than the one the stored baseline descends from."""
@@ -143,31 +186,47 @@ class VerifierStore:
 
     async def _put(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
         async with self._store.begin() as session:
-            row = await session.get(Baseline, ak_name)
-            if row is None:
-                row = Baseline(ak_name=ak_name)
-                session.add(row)
-            row.clock, row.firmware_version = str(baseline.clock), str(baseline.firmware_version or 0)
-            row.reset_count, row.restart_count = baseline.reset_count, baseline.restart_count
-            row.enrolled_at = enrolled_at
+            await _put_baseline(session, ak_name, baseline, enrolled_at)
         self._baselines[ak_name] = (baseline, enrolled_at)
 
+    def _add_alarm(self, session: AsyncSession, alarm: Alarm | None) -> None:
+        if alarm is None:
+            return
+        agent_id = None if alarm.agent_id is None else str(alarm.agent_id)
+        session.add(
+            AlarmRow(at=self._now(), kind=alarm.kind, agent_id=agent_id, host_id=alarm.host_id, detail=alarm.detail)
+        )
 
-def _encode(progress: Progress) -> str:
-    return json.dumps(asdict(replace(progress, state=State(progress.state))))
+
+async def _put_progress(session: AsyncSession, agent_id: AgentId, progress: Progress) -> Agent | None:
+    row = await session.get(Agent, str(agent_id))
+    if row is not None:
+        row.state, row.progress = progress.state.value, encode_progress(progress)
+        row.seen = encode_seen(progress.seen)
+        row.v = None if progress.v_released else row.v
+    return row
 
 
-def _stored(row: Agent) -> StoredAgent:
-    members: dict[str, Any] = json.loads(row.progress)
-    own = members.pop("host_baseline")
-    state = State(row.state)
-    if state in ACTIVE:  # the service was killed: nothing of the round that was under way counts
-        state = transition(state, Event.SUSPEND).state
-    members["state"] = state
-    progress = Progress(host_baseline=None if own is None else ClockBaseline(**own), **members)
-    return StoredAgent(
-        agent_id=parse_agent_id(row.agent_id), request=row.request, snapshot=row.snapshot, v=row.v, progress=progress
-    )
+async def _put_baseline(session: AsyncSession, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
+    row = await session.get(Baseline, ak_name)
+    if row is None:
+        row = Baseline(ak_name=ak_name)
+        session.add(row)
+    row.clock, row.firmware_version = str(baseline.clock), str(baseline.firmware_version or 0)
+    row.reset_count, row.restart_count = baseline.reset_count, baseline.restart_count
+    row.enrolled_at = enrolled_at
+
+
+def _stored(row: Agent) -> StoredAgent | None:
+    try:
+        agent_id, state = parse_agent_id(row.agent_id), State(row.state)
+        if state in ACTIVE:  # the service was killed: nothing of the round that was under way counts
+            state = transition(state, Event.SUSPEND).state
+        progress = replace(decode_progress(row.progress, state), seen=decode_seen(row.seen))
+    except (HarnessError, ValueError) as error:
+        events.emit("agent_not_loaded", level="error", agent_id=row.agent_id, detail=str(error))
+        return None
+    return StoredAgent(agent_id=agent_id, request=row.request, snapshot=row.snapshot, v=row.v, progress=progress)
 
 
 def _baseline(row: Baseline) -> ClockBaseline:

@@ -84,18 +84,11 @@ class BatchingProvider:
         return [shared | {"proof": encode_proof(tree.proof(index))} for index in range(len(members))]
 
 
-class SharedRecords(MemoryRecords):
-    """Baselines of all agents of a tenant."""
-
-    async def save(self, agent_id: AgentId, progress: Progress) -> None:
-        self.saved.append(progress)
-
-
 @dataclass(slots=True)
 class Host:
     wire: Wire
     provider: BatchingProvider
-    records: SharedRecords
+    records: MemoryRecords
     sessions: list[Session]
 
     async def turn(self) -> None:
@@ -109,7 +102,7 @@ class Host:
 async def sharing(rng: random.Random, *, strict: int = GUESTS) -> AsyncIterator[Host]:
     """Guests of one tenant on one host, each with its session; the first ``strict`` allow no reboots."""
     wire = Wire()
-    records = SharedRecords()
+    records = MemoryRecords()
     records.baselines.update(wire.records.baselines)
     provider = BatchingProvider(wire, rng)
     sessions = []

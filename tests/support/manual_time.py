@@ -56,6 +56,10 @@ class ManualTime:
         """Moves time without letting anything run: a stall of the whole process."""
         self._monotonic += seconds
 
+    def set_wall(self, seconds: float) -> None:
+        """Somebody sets the system clock, forward or back; the monotonic clock does not notice."""
+        self._offset += seconds
+
     async def advance(self, seconds: float) -> None:
         """Moves time, in steps from one due moment to the next, and lets tasks run at each."""
         until = self._monotonic + seconds

@@ -27,7 +27,7 @@ from harness.protocol import QuoteRequest
 from harness.tenant.payload import unwrap_share
 from harness.tenant.plan import HostKeys, Plan, Timing
 from harness.tenant.policy import Policy
-from harness.tenant.ports import Alarm, Chance, GuestAnswer, Ports, Progress
+from harness.tenant.ports import Alarm, Chance, GuestAnswer, Ports, Progress, Reboot
 from harness.tenant.round import same_counters
 from harness.values import AgentId, ClockBaseline, HashAlg, PcrSelection, mask_of
 from tests.support.manual_time import ManualTime
@@ -171,13 +171,16 @@ class FakeProvider(_Scripted):
 
 
 class MemoryRecords:
-    """The tenant's records, in memory; refuses to lower a clock."""
+    """The tenant's records, in memory; refuses to lower a clock. With a ``fault`` nothing can be written; with a
+    ``save_fault`` no progress.
+    """
 
     def __init__(self) -> None:
         self.baselines: dict[bytes, ClockBaseline] = {}
         self.saved: list[Progress] = []
         self.alarms: list[Alarm] = []
         self.fault: HarnessError | None = None
+        self.save_fault: HarnessError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -185,25 +188,31 @@ class MemoryRecords:
         return self.baselines.get(ak_name)
 
     async def raise_clock(self, ak_name: bytes, seen: ClockBaseline) -> None:
+        self._works()
         known = self.baselines.get(ak_name)
         if known is None or (same_counters(known, seen) and seen.clock > known.clock):
             self.baselines[ak_name] = seen
 
-    async def replace_baseline(self, ak_name: bytes, *, old: ClockBaseline | None, new: ClockBaseline) -> bool:
-        if not same_counters(self.baselines.get(ak_name), old):
+    async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
+        self._works()
+        self.alarms.append(alarm)
+        if not same_counters(self.baselines.get(reboot.ak_name), reboot.old):
             return False
-        self.baselines[ak_name] = new
+        self.baselines[reboot.ak_name] = reboot.new
         return True
 
-    async def save(self, agent_id: AgentId, progress: Progress) -> None:
-        assert agent_id == AGENT
+    async def save(self, agent_id: AgentId, progress: Progress, alarm: Alarm | None = None) -> None:
         await self.gate.wait()
+        self._works()
+        if self.save_fault is not None:
+            raise self.save_fault
+        self.saved.append(progress)
+        if alarm is not None:
+            self.alarms.append(alarm)
+
+    def _works(self) -> None:
         if self.fault is not None:
             raise self.fault
-        self.saved.append(progress)
-
-    async def alarm(self, alarm: Alarm) -> None:
-        self.alarms.append(alarm)
 
 
 class Wire:

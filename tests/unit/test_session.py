@@ -34,7 +34,7 @@ from harness.errors import (
 from harness.tenant.plan import Timing
 from harness.tenant.ports import Progress
 from harness.tenant.session import Session
-from harness.tenant.states import State
+from harness.tenant.states import ACTIVE, State
 from tests.support.manual_time import settle
 from tests.support.tenant_wire import Wire
 
@@ -119,23 +119,56 @@ async def test_a_transport_failure_is_retried_with_a_new_nonce(layer: str, error
 
 @BOTH
 async def test_retries_end_in_failed(layer: str) -> None:
-    """After the limit the session fails, with the reason, and waits for the operator."""
+    """After ten minutes the session fails, with the reason and an alarm, and waits for the operator."""
     wire = Wire()
-    peer(wire, layer).script = [PeerUnreachable("no connection")] * 100
+    peer(wire, layer).script = [PeerUnreachable("no connection")] * 1000
     async with running(wire) as session:
-        await wire.time.advance(1000)
+        await wire.time.advance(590)
+        assert session.state is not State.FAILED
+        await wire.time.advance(30)
         assert session.state is State.FAILED
         assert (session.progress.layer, session.progress.error) == (
             layer.replace("provider", "host"),
             "PeerUnreachable",
         )
-        assert len(peer(wire, layer).asked) == 1 + wire.plan.timing.transport_retries
+        assert [alarm.kind for alarm in wire.records.alarms] == ["PeerUnreachable"]
+        asked = len(peer(wire, layer).asked)
+        await wire.time.advance(1000)
+        assert len(peer(wire, layer).asked) == asked
         assert wire.guest.received == []
+
+
+@BOTH
+@pytest.mark.parametrize("away_s", [5, 60, 595])
+async def test_a_peer_that_comes_back_is_asked_again_without_an_operator(layer: str, away_s: int) -> None:
+    """Away for a minute, or for almost as long as our patience: rounds go on by themselves, within one longest wait."""
+    wire = Wire(v=None)
+    async with running(wire) as session:
+        peer(wire, layer).script = [PeerUnreachable("no connection")] * 1000
+        await wire.time.advance(away_s)
+        peer(wire, layer).script = []
+        done = session.progress.rounds
+        await wire.time.advance(10)
+        assert session.progress.rounds > done
+        assert session.attested()
+
+
+async def test_patience_is_a_setting_and_starts_anew_with_each_answer() -> None:
+    """A peer that is away again and again, each time for less than our patience, fails nothing."""
+    wire = Wire(v=None, timing=Timing(transport_patience_s=20.0))
+    async with running(wire) as session:
+        for _ in range(5):
+            wire.provider.script = [PeerUnreachable("no connection")] * 4
+            await wire.time.advance(15)
+            assert session.attested()
+        wire.provider.script = [PeerUnreachable("no connection")] * 100
+        await wire.time.advance(40)
+        assert session.state is State.FAILED
 
 
 async def test_back_off_doubles_and_follows_retry_after() -> None:
     """Waits double up to the bound, and a peer's Retry-After comes on top."""
-    wire = Wire(timing=Timing(transport_retries=6, backoff_longest_s=4.0))
+    wire = Wire(timing=Timing(backoff_longest_s=4.0))
     wire.guest.script = [PeerUnreachable("x")] * 5 + [PoolFull("full", retry_after_s=20.0)]
     async with running(wire):
         await wire.time.advance(60)
@@ -167,7 +200,8 @@ async def test_an_absent_guest_that_comes_is_accepted() -> None:
     wire = Wire()
     wire.provider.script = [GuestNotHere("not here")] * 3
     async with running(wire) as session:
-        await wire.time.advance(4)
+        assert wire.provider.asked
+        await wire.time.advance(3 + 6 + 12)
         assert session.attested()
 
 
@@ -459,7 +493,9 @@ async def test_rounds_that_never_end_in_time_fail() -> None:
     wire = Wire(timing=Timing(round_deadline_s=5.0))
     wire.provider.gate.clear()
     async with running(wire) as session:
-        await wire.time.advance(500)
+        await wire.time.advance(590)
+        assert session.state is not State.FAILED
+        await wire.time.advance(30)
         assert session.state is State.FAILED
 
 
@@ -490,8 +526,8 @@ async def test_v_is_not_released_on_aged_evidence() -> None:
 
 async def test_v_deliveries_are_bounded() -> None:
     """An agent that passes every round and never takes V fails in the end."""
-    wire = Wire(timing=Timing(round_deadline_s=1.0, transport_retries=5))
-    wire.guest.v_script = [PeerUnreachable("x")] * 100
+    wire = Wire(timing=Timing(round_deadline_s=1.0, transport_patience_s=60.0))
+    wire.guest.v_script = [PeerUnreachable("x")] * 1000
     async with running(wire) as session:
         await wire.time.advance(200)
         assert session.state is State.FAILED
@@ -604,17 +640,20 @@ async def test_a_fault_of_ours_ends_in_tenant_failed() -> None:
 
 
 async def test_a_database_that_fails_keeps_nothing_attested() -> None:
-    """The record of success cannot be stored: TENANT_FAILED, V not released, resumable."""
+    """Nothing can be stored: V is not released, nobody is attested, and it goes on by itself when the database is."""
     wire = Wire()
     wire.records.fault = StoreError("disk full")
     async with running(wire) as session:
-        assert session.state is State.TENANT_FAILED
+        await wire.time.advance(3600)
+        assert session.state in ACTIVE
+        assert session.store_fault is wire.records.fault
         assert wire.guest.received == []
         assert not session.attested()
         wire.records.fault = None
-        session.resume()
-        await settle()
+        await wire.time.advance(10)
         assert session.attested()
+        assert session.store_fault is None
+        assert wire.guest.received == [wire.v]
 
 
 async def test_delete_ends_a_session_for_good() -> None:

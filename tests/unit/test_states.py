@@ -95,6 +95,16 @@ def test_v_is_sent_after_acceptance_only() -> None:
     assert all((Effect.SEND_V in row.effects) == (row.state == State.PROVIDE_V) for row in TABLE.values())
 
 
+def test_whoever_stops_a_session_raises_an_alarm_and_stores_both_at_once() -> None:
+    """Every way into a stopped state ends in alarm, record, operator; an alarm is always followed by its record."""
+    for (_, event), row in TABLE.items():
+        if row.state in STOPPED:
+            assert row.effects[-3:] == (Effect.RAISE_ALARM, Effect.RECORD_FAILURE, Effect.AWAIT_OPERATOR), event
+        for effect, following in itertools.pairwise(row.effects):
+            if effect is Effect.RAISE_ALARM:
+                assert following in {Effect.RECORD_FAILURE, Effect.STORE_BASELINE}
+
+
 def test_a_rejection_is_never_retried() -> None:
     """Rejected evidence leads to INVALID_QUOTE from both questions, with an alarm."""
     rows = {state: row for (state, event), row in TABLE.items() if event is Event.APPRAISAL_FAILED}
