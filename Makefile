@@ -1,7 +1,7 @@
 # The commands of this project; `make` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint coverage clean distclean
+.PHONY: help setup setup-for-tests demo test lint coverage clean distclean
 
 BIN := .venv/bin
 
@@ -11,16 +11,19 @@ help: ## list the commands
 setup: ## install what is missing: distribution packages, and .venv
 	@tools/setup.sh
 
+setup-for-tests:
+	@tools/setup.sh --tests
+
 demo: setup ## two tenants attest their guests and the host below them (ARGS="--tamper host-kernel")
 	@$(BIN)/harness demo $(ARGS)
 
-test: setup ## lint, types, unit tests on every Python found, end-to-end tests (ARGS="-e py311")
+test: setup-for-tests ## lint, types, unit tests on every Python found, end-to-end tests (ARGS="-e py311")
 	@$(BIN)/python tools/pythons.py tox $(ARGS)
 
 lint: setup ## the quick checks: format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-coverage: setup ## branch coverage of core, provider and tenant, each at least 90 %
+coverage: setup-for-tests ## branch coverage of core, provider and tenant, each at least 90 %
 	@$(BIN)/python tools/pythons.py tox -e coverage
 
 clean: ## remove what tests and builds left behind; .venv stays

@@ -3,6 +3,7 @@
 #
 #   tools/setup.sh            everything that is missing
 #   tools/setup.sh --packages the distribution packages only
+#   tools/setup.sh --tests    also what only the tests need (a PostgreSQL server's programs); goes with --packages
 #
 # Invariants:
 #   1. Nothing is installed that is there already, and a run with nothing to do takes well under a second.
@@ -14,6 +15,7 @@ exec </dev/null
 
 VENV=.venv
 READY=$VENV/.ready
+PACKAGES_ONLY= FOR_TESTS=
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }
@@ -31,8 +33,12 @@ missing_packages() {
     have pkg-config || echo 'pkg-config pkgconf-pkg-config'
     pkg-config --exists tss2-esys tss2-fapi 2>/dev/null || echo 'libtss2-dev tpm2-tss-devel'
     [ -e /usr/include/stdio.h ] || echo 'libc6-dev glibc-devel'
+    [ -z "$FOR_TESTS" ] || has_postgres || echo 'postgresql postgresql-server'
     has_python || printf 'python3 python3\npython3-venv python3\npython3-dev python3-devel\n'
 }
+
+# Whether a PostgreSQL server's programs are here: Debian keeps them beside the version, and this one in PATH.
+has_postgres() { have pg_ctlcluster || have initdb; }
 
 # Whether an interpreter exists from which .venv was made, or can be made, and tpm2-pytss compiled.
 has_python() {
@@ -73,6 +79,9 @@ install_packages() {
     local missing names
     missing=$(missing_packages)
     [ -n "$missing" ] || return 0
+    case $missing in *postgresql*)
+        say "the tests run private PostgreSQL servers; a service that the package starts is not used and may be disabled" ;;
+    esac
     if have apt-get; then
         names=$(cut -d' ' -f1 <<<"$missing" | sort -u | tr '\n' ' ')
         say "installing with apt-get: $names"
@@ -122,5 +131,12 @@ make_venv() {
     say "ready: $("$VENV/bin/python" -V), $VENV/bin/harness"
 }
 
+for option in "$@"; do
+    case $option in
+    --packages) PACKAGES_ONLY=yes ;;
+    --tests) FOR_TESTS=yes ;;
+    *) fail "unknown option $option; there are --packages and --tests" ;;
+    esac
+done
 install_packages
-[ "${1:-}" = --packages ] || make_venv
+[ -n "$PACKAGES_ONLY" ] || make_venv

@@ -129,11 +129,11 @@ class Machine:
         """What was installed, in order."""
         return self.log.read_text(encoding="utf-8").splitlines()
 
-    def setup(self, **environ: str) -> subprocess.CompletedProcess[str]:
+    def setup(self, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the package part of the set-up in this machine, without standard input or a terminal."""
         env: Mapping[str, str] = {"PATH": str(self.bin), "HOME": str(self.bin.parent), **environ}
         return subprocess.run(
-            [shutil.which("bash") or "bash", str(ROOT / "tools" / "setup.sh"), "--packages"],
+            [shutil.which("bash") or "bash", str(ROOT / "tools" / "setup.sh"), "--packages", *options],
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -176,6 +176,33 @@ def test_fedora_is_asked_through_dnf(machine: Machine) -> None:
     machine.installer("dnf", installs="swtpm_setup")
     assert machine.setup().returncode == 0
     assert machine.calls == ["dnf -q -y install swtpm-tools"]
+
+
+@pytest.mark.parametrize("present", ["pg_ctlcluster", "initdb"])
+def test_a_database_server_is_for_the_tests_only(machine: Machine, present: str) -> None:
+    """Without tests none is installed; for tests it is, unless its programs are there (Debian's, or in PATH)."""
+    machine.installer("apt-get", installs=present)
+    assert (machine.setup().returncode, machine.calls) == (0, [])
+    ran = machine.setup("--tests")
+    assert ran.returncode == 0, ran.stderr
+    assert machine.calls == ["apt-get -qq update", "apt-get -qq install -y --no-install-recommends postgresql"]
+    assert "the tests run private PostgreSQL servers" in ran.stderr
+    again = machine.setup("--tests")
+    assert (again.returncode, again.stderr, len(machine.calls)) == (0, "", 2)
+
+
+def test_fedora_is_asked_for_its_own_server_package(machine: Machine) -> None:
+    """Where dnf is the package manager the server has another name."""
+    machine.installer("dnf", installs="initdb")
+    assert machine.setup("--tests").returncode == 0
+    assert machine.calls == ["dnf -q -y install postgresql-server"]
+
+
+def test_an_unknown_option_is_refused(machine: Machine) -> None:
+    """Nothing is installed for a word that means nothing."""
+    ran = machine.setup("--test")
+    assert (ran.returncode, machine.calls) == (2, [])
+    assert "unknown option --test" in ran.stderr
 
 
 def test_a_user_with_sudo_is_served_through_it(machine: Machine) -> None:

@@ -21,6 +21,7 @@ import pytest
 def test_with_swtpm():
     pass
 """
+NEEDS_POSTGRES = NEEDS.replace("swtpm", "postgres")
 PLAIN = """
 def test_plain():
     pass
@@ -29,12 +30,16 @@ def test_plain():
 
 @pytest.fixture
 def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A test folder with this project's rules, on a machine without swtpm."""
+    """A test folder with this project's rules, on a machine without swtpm and PostgreSQL."""
     requirements.missing_for_swtpm.cache_clear()
+    requirements.missing_for_postgres.cache_clear()
+    monkeypatch.setattr(requirements, "program", lambda _: None)  # Debian's are beside their version, not in PATH
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     monkeypatch.delenv("HARNESS_REQUIRE", raising=False)
-    pytester.makeini("[pytest]\nmarkers = needs_swtpm: x\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makeini(
+        "[pytest]\nmarkers =\n  needs_swtpm: x\n  needs_postgres: x\nasyncio_default_fixture_loop_scope = function\n"
+    )
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
     return pytester
 
@@ -43,6 +48,7 @@ def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
 def _probe_again() -> object:
     yield
     requirements.missing_for_swtpm.cache_clear()
+    requirements.missing_for_postgres.cache_clear()
 
 
 def test_a_test_that_needs_swtpm_is_skipped_with_the_reason(elsewhere: pytest.Pytester) -> None:
@@ -61,6 +67,19 @@ def test_a_required_swtpm_that_is_missing_fails(elsewhere: pytest.Pytester, monk
     result = elsewhere.runpytest_inprocess()
     result.assert_outcomes(passed=1, errors=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_database_server_is_skipped_or_required_by_its_own_name(
+    elsewhere: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is required of swtpm says nothing of PostgreSQL."""
+    elsewhere.makepyfile(test_a=NEEDS_POSTGRES, test_b=PLAIN)
+    monkeypatch.setenv("HARNESS_REQUIRE", "swtpm")
+    result = elsewhere.runpytest_inprocess("-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*initdb, postgres, psql*not found; `tools/setup.sh --tests` installs it*"])
+    monkeypatch.setenv("HARNESS_REQUIRE", "swtpm,postgres")
+    elsewhere.runpytest_inprocess().assert_outcomes(passed=1, errors=1)
 
 
 def test_a_run_that_skipped_everything_is_not_green(elsewhere: pytest.Pytester) -> None:
