@@ -28,12 +28,14 @@ from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, short_name
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
+from harness.pki import Role
 from harness.unix_client import ask
 
 _START_S = 90.0
 _DOWN_S = 90.0
 _APPLY_S = 120.0
 _ASK_S = 10.0
+_SERVERS = frozenset(Role) - {Role.PROVIDER_OPERATOR, Role.TENANT_OPERATOR}
 _RESTART_S = 60.0
 _POLL_S = 0.05
 _OURS = frozenset({"h", "log", "p", "pki", "run", "t", "vendor", "x", "lab.json", SITE_FILE, "lab.yml"})
@@ -132,7 +134,7 @@ class LabControl:
         owner = str(service["name"]).rpartition("-")[0]
         tls = site.tenants[owner].operator if owner in site.tenants else site.provider.operator
         try:
-            async with PeerClient(tls, str(service["url"]), deadline_s=_ASK_S) as client:
+            async with PeerClient(tls, str(service["url"]), deadline_s=_ASK_S, roles=_SERVERS) as client:
                 await client.get("/version")
         except HarnessError:
             return False

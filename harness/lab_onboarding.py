@@ -32,6 +32,7 @@ from harness.lab_plan import GuestPlan
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite, write_image
 from harness.peer import PeerClient
+from harness.pki import Role
 from harness.provider.operator import ProviderOperator
 from harness.tenant.operator import GuestContact, Order, TenantOperator
 from harness.tenant.states import STOPPED, State
@@ -71,11 +72,11 @@ class Onboarding:
 
     async def __aenter__(self) -> Onboarding:
         self.provider = ProviderOperator(
-            await self._client(self._site.provider.operator, self._site.provider.registrar)
+            await self._client(self._site.provider.operator, self._site.provider.registrar, Role.PROVIDER_REGISTRAR)
         )
         for name, tenant in self._site.tenants.items():
-            registrar = await self._client(tenant.operator, tenant.registrar)
-            verifier = await self._client(tenant.operator, tenant.verifier)
+            registrar = await self._client(tenant.operator, tenant.registrar, Role.TENANT_REGISTRAR)
+            verifier = await self._client(tenant.operator, tenant.verifier, Role.TENANT_VERIFIER)
             self._tenants[name] = TenantOperator(registrar, verifier, tenant.operator)
         return self
 
@@ -294,8 +295,8 @@ class Onboarding:
 
     # --- helpers ------------------------------------------------------------------------------------------
 
-    async def _client(self, tls: Any, url: str) -> PeerClient:
-        client = PeerClient(tls, url, deadline_s=_ENROLMENT_S)
+    async def _client(self, tls: Any, url: str, role: Role) -> PeerClient:
+        client = PeerClient(tls, url, deadline_s=_ENROLMENT_S, roles={role})
         self._stack.push_async_callback(client.close)
         return client
 
