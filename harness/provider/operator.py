@@ -25,13 +25,14 @@ class ProviderOperator:
     def __init__(self, registrar: PeerClient) -> None:
         self._registrar = registrar
 
-    async def add_tenant(self, name: str, ca_pem: str) -> None:
+    async def add_tenant(self, name: str, ca_pem: str, reason: str | None = None) -> None:
         """Onboards a tenant with the authority whose certificates are its own. Raises Conflict for another CA."""
-        await self._registrar.post("/v1/tenants", {"name": name, "ca": ca_pem})
+        stated = {} if reason is None else {"reason": reason}
+        await self._registrar.post("/v1/tenants", {"name": name, "ca": ca_pem, **stated})
 
-    async def remove_tenant(self, name: str) -> None:
+    async def remove_tenant(self, name: str, reason: str | None = None) -> None:
         """Removes a tenant and its allowlists. Raises NotFound, or Conflict while it has guests."""
-        await self._registrar.delete(f"/v1/tenants/{name}")
+        await self._delete(f"/v1/tenants/{name}", reason)
 
     async def tenants(self) -> list[Mapping[str, Any]]:
         """All tenants with their allowlists."""
@@ -46,6 +47,19 @@ class ProviderOperator:
         """Hosts whose agents have announced themselves."""
         return _list(await self._registrar.get("/v1/hosts"), "hosts")
 
+    async def remove_host(self, host_id: HostId, reason: str) -> None:
+        """Forgets a host and its allowlists. Raises NotFound, or Conflict while guests are defined on it."""
+        await self._delete(f"/v1/hosts/{host_id}", reason)
+
+    async def replace_host(self, old: HostId, new: HostId, reason: str) -> None:
+        """Moves guests and allowlists of a host to the one that it became when its TPM was replaced.
+
+        Raises:
+            NotFound: one of the two is not known.
+            Conflict: the new one cannot take the old one's place.
+        """
+        await self._registrar.put(f"/v1/hosts/{old}/replace", {"host_id": str(new), "reason": reason})
+
     async def define_guest(self, agent_id: AgentId, tenant: str, host_id: HostId, name: str) -> None:
         """Records whose a guest is and where it runs. Raises NotFound or Conflict."""
         body = {"agent_id": str(agent_id), "tenant": tenant, "host_id": str(host_id), "name": name}
@@ -55,9 +69,17 @@ class ProviderOperator:
         """All guests, with what their hosts report."""
         return _list(await self._registrar.get("/v1/guests"), "guests")
 
-    async def remove_guest(self, agent_id: AgentId) -> None:
+    async def remove_guest(self, agent_id: AgentId, reason: str | None = None) -> None:
         """Forgets a guest. Raises NotFound."""
-        await self._registrar.delete(f"/v1/guests/{agent_id}")
+        await self._delete(f"/v1/guests/{agent_id}", reason)
+
+    async def audit(self) -> list[Mapping[str, Any]]:
+        """The registrar's audit trail, oldest first."""
+        return _list(await self._registrar.get("/v1/audit"), "entries")
+
+    async def _delete(self, path: str, reason: str | None) -> None:
+        params = [] if reason is None else [("reason", reason)]
+        await self._registrar.call("DELETE", path, params=params)
 
 
 def _list(value: object, name: str) -> list[Mapping[str, Any]]:

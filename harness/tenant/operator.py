@@ -27,7 +27,7 @@ import string
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from harness import errors
 from harness.attest import Public, parse_public
@@ -39,10 +39,13 @@ from harness.pki import Role
 from harness.tenant.agent_request import GUEST_BANK
 from harness.tenant.appraisal import verify_transport_key
 from harness.tenant.client import AGENT_API, parse_pem
+from harness.tenant.operator_acts import OperatorActs, list_of, object_of, reasoned
 from harness.tenant.payload import parse_transport_key, seal_payload, wrap_share
-from harness.tenant.policy import Policy
+from harness.tenant.policy import Policy, parse_policy
 from harness.values import AgentId, HashAlg, HostId
 
+_ENROL_S = 610.0
+"""All hosts of a provider, six per minute: the registrar gives up first."""
 _POLL_S = 0.05
 _LONGEST_POLL_S = 1.0
 _NONCE_SIZE = 20
@@ -89,7 +92,7 @@ class Order:
     provider_quote_interval: int = 1
 
 
-class TenantOperator:
+class TenantOperator(OperatorActs):
     """One tenant's operator.
 
     Args:
@@ -99,8 +102,7 @@ class TenantOperator:
     """
 
     def __init__(self, registrar: PeerClient, verifier: PeerClient, tls: TlsSettings) -> None:
-        self._registrar = registrar
-        self._verifier = verifier
+        super().__init__(registrar, verifier)
         self._tls = tls
 
     # --- hosts --------------------------------------------------------------------------------------------
@@ -113,23 +115,19 @@ class TenantOperator:
 
         *Cancellation:* hosts that were pinned stay pinned.
         """
-        return _list(await self._registrar.post("/v1/hosts", {"url": url}), "hosts")
+        return list_of(await self._registrar.call("POST", "/v1/hosts", body={"url": url}, deadline_s=_ENROL_S), "hosts")
 
     async def hosts(self) -> list[Mapping[str, Any]]:
         """Enrolled hosts."""
-        return _list(await self._registrar.get("/v1/hosts"), "hosts")
+        return list_of(await self._registrar.get("/v1/hosts"), "hosts")
 
     async def host(self, host_id: HostId) -> Mapping[str, Any]:
         """One enrolled host. Raises NotFound when it is not."""
-        return _object(await self._registrar.get(f"/v1/hosts/{host_id}"))
+        return object_of(await self._registrar.get(f"/v1/hosts/{host_id}"))
 
-    async def remove_host(self, host_id: HostId) -> None:
+    async def remove_host(self, host_id: HostId, reason: str | None = None) -> None:
         """Forgets a host. Raises NotFound, or Conflict while guests are enrolled under it."""
-        await self._registrar.delete(f"/v1/hosts/{host_id}")
-
-    async def alarms(self) -> list[Mapping[str, Any]]:
-        """The newest alarms, oldest first."""
-        return _list(await self._registrar.get("/v1/alarms"), "alarms")
+        await self._registrar.call("DELETE", f"/v1/hosts/{host_id}", params=reasoned(reason))
 
     # --- guests -------------------------------------------------------------------------------------------
 
@@ -156,7 +154,7 @@ class TenantOperator:
             raise ConfigError(f"a guest is waited for some seconds, not {deadline_s:g}")
         until, wait_s = time.monotonic() + deadline_s, _POLL_S
         while True:
-            guest = _object(await self._registrar.get(f"/v1/guests/{agent_id}"))
+            guest = object_of(await self._registrar.get(f"/v1/guests/{agent_id}"))
             if guest.get("state") == "active":
                 return await self._contact(agent_id)
             refused = guest.get("refused")
@@ -180,24 +178,56 @@ class TenantOperator:
         v = None if order.payload is None else await self._hand_over(contact, order.payload)
         await self._verifier.post(f"/{AGENT_API}/agents/{contact.agent_id}", _request(contact, order, v))
 
+    async def stated(self) -> list[Mapping[str, Any]]:
+        """All stated guests, as the registrar knows them."""
+        return list_of(await self._registrar.get("/v1/guests"), "guests")
+
     async def guests(self) -> list[Mapping[str, Any]]:
         """All stated guests, with their attestation where there is one."""
-        stated = _list(await self._registrar.get("/v1/guests"), "guests")
-        return [await self._with_attestation(guest) for guest in stated]
+        return await asyncio.gather(*(self._with_attestation(guest) for guest in await self.stated()))
 
     async def guest(self, agent_id: AgentId) -> Mapping[str, Any]:
         """One stated guest, with its attestation. Raises NotFound when it is not stated."""
-        return await self._with_attestation(_object(await self._registrar.get(f"/v1/guests/{agent_id}")))
+        return await self._with_attestation(object_of(await self._registrar.get(f"/v1/guests/{agent_id}")))
 
     async def attestation(self, agent_id: AgentId) -> Mapping[str, Any]:
         """How a guest under attestation stands. Raises NotFound when it is not."""
-        return _object(await self._verifier.get(f"/{AGENT_API}/agents/{agent_id}"))
+        return object_of(await self._verifier.get(f"/{AGENT_API}/agents/{agent_id}"))
 
-    async def remove_guest(self, agent_id: AgentId) -> None:
+    async def former_order(self, agent_id: AgentId, payload: bytes | None = None) -> Order:
+        """How a guest is being attested, as an order that can be given again.
+
+        Args:
+            agent_id: the guest.
+            payload: the secret, which nobody but the guest has kept.
+
+        Raises:
+            NotFound: it is not under attestation.
+            MalformedMessage: the verifier's answer cannot be used.
+        """
+        view, policy = await self.attestation(agent_id), await self.policy(agent_id)
+        try:
+            return Order(
+                guest_policy=parse_policy(policy["guest_policy"]),
+                host_policy=parse_policy(policy["host_policy"]),
+                provider_verifier=view["provider_verifier"] if view["need_provider_quote"] else None,
+                payload=payload,
+                allow_reboots=view.get("allow_reboots") is True,
+                quote_interval_s=float(view["quote_interval_s"]),
+                provider_quote_interval=int(view["provider_quote_interval"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MalformedMessage(f"the verifier does not say how guest {agent_id} is attested: {error}") from None
+
+    async def end_attestation(self, agent_id: AgentId, reason: str | None = None) -> None:
+        """Ends a guest's attestation; its keys stay pinned. Raises NotFound when it is not under attestation."""
+        await self._verifier.call("DELETE", f"/{AGENT_API}/agents/{agent_id}", params=reasoned(reason))
+
+    async def remove_guest(self, agent_id: AgentId, reason: str | None = None) -> None:
         """Ends a guest's attestation and forgets its keys. Raises NotFound when it is not stated."""
         with contextlib.suppress(NotFound):  # it was stated and never admitted
-            await self._verifier.delete(f"/{AGENT_API}/agents/{agent_id}")
-        await self._registrar.delete(f"/v1/guests/{agent_id}")
+            await self.end_attestation(agent_id, reason)
+        await self._registrar.call("DELETE", f"/v1/guests/{agent_id}", params=reasoned(reason))
 
     async def _with_attestation(self, guest: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
@@ -206,7 +236,7 @@ class TenantOperator:
             return {**guest, "attestation": None}
 
     async def _contact(self, agent_id: AgentId) -> GuestContact:
-        match _object(await self._registrar.get(f"/{AGENT_API}/agents/{agent_id}")):
+        match object_of(await self._registrar.get(f"/{AGENT_API}/agents/{agent_id}")):
             case {"aik_tpm": str(ak), "ip": str(ip), "port": int(port), "mtls_cert": str(certificate)}:
                 public = parse_public(base64.b64decode(ak))
                 return GuestContact(agent_id=agent_id, ak=public, ip=ip, port=port, mtls_cert=certificate)
@@ -217,7 +247,7 @@ class TenantOperator:
         url = f"https://{contact.ip}:{contact.port}"
         async with PeerClient(self._tls, url, roles={Role.GUEST_AGENT}, pinned=parse_pem(contact.mtls_cert)) as guest:
             nonce = "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_NONCE_SIZE))
-            answer = _object(await guest.get(f"/{AGENT_API}/quotes/identity", [("nonce", nonce)]))
+            answer = object_of(await guest.get(f"/{AGENT_API}/quotes/identity", [("nonce", nonce)]))
             pem = str(answer.get("pubkey")).encode()
             verify_transport_key(parse_quote(str(answer.get("quote"))), nonce.encode(), contact.ak, pem)
             body = {
@@ -247,19 +277,6 @@ def _request(contact: GuestContact, order: Order, v: bytes | None) -> dict[str, 
         "quote_interval_s": order.quote_interval_s,
     }
     return request if v is None else {**request, "v": _base64(v)}
-
-
-def _object(value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise MalformedMessage("the answer is not an object")
-    return value
-
-
-def _list(value: object, name: str) -> list[Mapping[str, Any]]:
-    entries = _object(value).get(name)
-    if not isinstance(entries, list):
-        raise MalformedMessage(f"the answer has no list of {name}")
-    return cast("list[Mapping[str, Any]]", entries)
 
 
 def _base64(data: bytes) -> str:
