@@ -2,8 +2,10 @@
 
 Invariants:
     1. One key of each kind per guest, and one guest per key, until the operator releases them (an act that stays in
-       the journal).
+       the journal and in the host's audit trail).
     2. `record` commits before the certificate leaves: a certificate that exists is in the journal.
+    3. It knows keys of vTPMs, and not which CA key certified them: when the host's TPM is replaced, entries stay until
+       each guest is released and its vTPM manufactured anew. Until then its tenant refuses the old certificate.
 
 Owner: the host agent.
 
@@ -15,16 +17,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import delete, select
 
+from harness import audit_store
+from harness.audit import AuditEntry
 from harness.errors import CloneSuspected, Conflict, NotFound
-from harness.provider.tables import IssuedCertificate, SeenVtpm
+from harness.provider.tables import HostAuditRow, IssuedCertificate, SeenVtpm
 from harness.store import Store
 from harness.values import AgentId, parse_agent_id
 
 RSA_EK, ECC_EK, PLATFORM = "rsa-ek", "ecc-ek", "platform"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a guest was last started with: SHA-256 of its EK's SubjectPublicKeyInfo, and the start's id, if any."""
+
+    ek: bytes
+    run: str | None
 
 
 class Journal:
@@ -69,7 +82,10 @@ class Journal:
                 )
             )
             if mine is not None:
-                raise Conflict(f"guest {agent_id} has a certified {kind} already; an operator must release it first")
+                raise Conflict(
+                    f"guest {agent_id} has a certified {kind} already; an operator must release it first "
+                    "(harness provider guest release)"
+                )
             session.add(
                 issued(
                     agent_id=str(agent_id),
@@ -80,8 +96,15 @@ class Journal:
                 )
             )
 
-    async def release(self, agent_id: AgentId, reason: str) -> None:
+    async def release(self, agent_id: AgentId, reason: str, *, who: str) -> None:
         """Releases all keys of a guest, so that a new vTPM can be manufactured for it.
+
+        From then on a vTPM that still runs under its UUID is not the certified one: it gets no leaf.
+
+        Args:
+            agent_id: the guest.
+            reason: why, in the operator's words.
+            who: the operator.
 
         Raises:
             NotFound: nothing is in the journal for this guest.
@@ -97,8 +120,21 @@ class Journal:
             found = list(rows)
             if not found:
                 raise NotFound(f"the journal holds no vTPM of guest {agent_id}")
+            at = self._now()
             for row in found:
-                row.released_at, row.reason = self._now(), reason
+                row.released_at, row.reason = at, reason
+            entry = AuditEntry(at=at, who=who, action="vtpm-release", subject=str(agent_id), reason=reason)
+            audit_store.record(session, HostAuditRow, entry)
+
+    async def keep(self, entry: AuditEntry) -> None:
+        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
+        async with self._store.begin() as session:
+            audit_store.record(session, HostAuditRow, entry)
+
+    async def audit(self) -> list[AuditEntry]:
+        """The newest audit entries of this host, oldest first. *Cancellation:* nothing has happened."""
+        async with self._store.begin() as session:
+            return await audit_store.entries(session, HostAuditRow)
 
     async def rsa_eks(self) -> dict[AgentId, bytes]:
         """SHA-256 of the SubjectPublicKeyInfo of every guest's certified RSA EK."""
@@ -110,8 +146,17 @@ class Journal:
             )
             return {parse_agent_id(row.agent_id): row.spki_digest for row in rows}
 
-    async def saw(self, agent_id: AgentId, state: Path, status: os.stat_result, spki_digest: bytes) -> None:
+    async def saw(
+        self, agent_id: AgentId, state: Path, status: os.stat_result, spki_digest: bytes, run: str | None = None
+    ) -> None:
         """Records the EK that a copy of a guest's vTPM state holds, with device and inode of the state file.
+
+        Args:
+            agent_id: the guest.
+            state: the state file.
+            status: of it.
+            spki_digest: SHA-256 of the EK's SubjectPublicKeyInfo.
+            run: the guest manager's id of the start that this was read for, if it has any.
 
         *Cancellation:* recorded or not.
         """
@@ -124,6 +169,7 @@ class Journal:
                     inode=str(status.st_ino),
                     spki_digest=spki_digest,
                     seen_at=self._now(),
+                    run=run,
                 )
             )
 
@@ -137,5 +183,10 @@ class Journal:
 
     async def seen(self) -> dict[AgentId, bytes]:
         """EK that each guest last ran with."""
+        return {agent_id: seen.ek for agent_id, seen in (await self.seen_in_runs()).items()}
+
+    async def seen_in_runs(self) -> dict[AgentId, Seen]:
+        """EK that each guest last ran with, and the run that it was read for."""
         async with self._store.begin() as session:
-            return {parse_agent_id(row.agent_id): row.spki_digest for row in await session.scalars(select(SeenVtpm))}
+            rows = await session.scalars(select(SeenVtpm))
+            return {parse_agent_id(row.agent_id): Seen(ek=row.spki_digest, run=row.run) for row in rows}

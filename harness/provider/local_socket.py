@@ -1,12 +1,13 @@
 """The host agent's local socket: certificates for vTPMs that are being manufactured, and reports of starting guests.
 
 One JSON object per line, one line as answer: ``{"op": "issue", "type", "ek", "vmid", "tpm"}`` is answered with
-``{"certificate": base64 DER}``, ``{"op": "starting", "agent_id", "state_dir"}`` with ``{"resident": bool}``, and
-``{"op": "release", "agent_id", "reason"}`` with ``{}``; a refusal with ``{"error", "detail"}``.
+``{"certificate": base64 DER}``, ``{"op": "starting", "agent_id", "state_dir", "run"}`` (``run`` may be left out) with
+``{"resident": bool}``, ``{"op": "release", "agent_id", "reason"}`` with ``{}``, ``{"op": "audit"}`` with
+``{"entries": [...]}``; a refusal with ``{"error", "detail"}``.
 
 Invariants:
-    1. Only processes of the users in the settings are listened to; the kernel says who they are (SO_PEERCRED). Starts
-       and releases are for root and the agent's own user: swtpm's user, which runs the create_certs_tool, may neither
+    1. Only processes of the users in the settings are listened to; the kernel says who they are (SO_PEERCRED). All but
+       certificates is for root and the agent's own user: swtpm's user, which runs the create_certs_tool, may neither
        say what a guest starts with nor free its own entry in the journal.
     2. A request ends within its deadline, and so does a connection without one.
 
@@ -28,8 +29,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from harness import events
+from harness.audit import parse_reason
 from harness.errors import AccessDenied, DeadlineExceeded, HarnessError, MalformedMessage
 from harness.messages import parse_json
+from harness.provider.guests import parse_run
 from harness.provider.journal import Journal
 from harness.provider.residency import GuestResidency
 from harness.provider.vtpm_ca import VtpmCa, parse_issue_request
@@ -102,15 +105,20 @@ class LocalSocket:
                 certificate = await self._ca.issue(issue)
                 events.emit("issued", agent_id=str(issue.agent_id), kind=issue.kind)
                 return {"certificate": base64.b64encode(certificate).decode()}
-            case {"op": "starting" | "release"} if uid not in {0, os.geteuid()}:
+            case {"op": "starting" | "release" | "audit"} if uid not in {0, os.geteuid()}:
                 raise AccessDenied(f"user {uid} may ask for certificates only")
-            case {"op": "starting", "agent_id": str(agent_id), "state_dir": str(state_dir), **rest} if not rest:
-                return {"resident": await self._residency.starting(parse_agent_id(agent_id), Path(state_dir))}
-            case {"op": "release", "agent_id": str(agent_id), "reason": str(reason), **rest} if not rest:
-                await self._journal.release(parse_agent_id(agent_id), reason)
-                events.emit("released", agent_id=agent_id, reason=reason)
+            case {"op": "starting", "agent_id": str(uuid), "state_dir": str(folder), **rest} if rest.keys() <= {"run"}:
+                run = parse_run(rest.get("run"))
+                return {"resident": await self._residency.starting(parse_agent_id(uuid), Path(folder), run=run)}
+            case {"op": "release", "agent_id": str(agent_id), **rest} if rest.keys() <= {"reason"}:
+                reason = parse_reason(rest.get("reason"))
+                await self._journal.release(parse_agent_id(agent_id), reason, who=f"uid {uid}")
                 return {}
-        raise MalformedMessage('"op" is issue, starting (agent_id, state_dir) or release (agent_id, reason)')
+            case {"op": "audit", **rest} if not rest:
+                return {"entries": [entry.as_json() for entry in await self._journal.audit()]}
+        raise MalformedMessage(
+            '"op" is issue, starting (agent_id, state_dir, run), release (agent_id, reason) or audit'
+        )
 
 
 def _peer_uid(writer: StreamWriter) -> int:

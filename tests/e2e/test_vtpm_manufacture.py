@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 from cryptography import x509
@@ -205,11 +206,14 @@ async def test_a_guest_that_locked_its_tpm_starts_again(host: VtpmHost) -> None:
     assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state)) == {"resident": True}
 
 
-async def test_another_guests_vtpm_is_a_decoy_too(host: VtpmHost) -> None:
-    """Certified by this very host, but for another guest."""
+async def test_another_guests_vtpm_does_not_start(host: VtpmHost) -> None:
+    """Certified by this very host, but for another guest: one of the two is a copy."""
     await made(host)
     others = await made(host, OTHER, "other")
-    assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(others)) == {"resident": False}
+    with pytest.raises(LocalRefusal, match=str(OTHER)) as caught:
+        await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(others))
+    assert caught.value.error == "CloneSuspected"
+    assert await host.ask(op="starting", agent_id=str(OTHER), state_dir=str(others)) == {"resident": True}
 
 
 async def test_a_second_vtpm_for_one_guest_is_refused_until_the_operator_releases_the_first(host: VtpmHost) -> None:
@@ -222,6 +226,54 @@ async def test_a_second_vtpm_for_one_guest_is_refused_until_the_operator_release
     second = await scratch.read_ek(await made(host, name="second"))
     assert second != first
     assert await host.journal.rsa_eks() == {GUEST: second}
+
+
+async def test_a_release_shows_in_the_hosts_audit_trail(host: VtpmHost) -> None:
+    """Who it was is what the kernel says of the caller."""
+    await made(host)
+    assert await host.ask(op="audit") == {"entries": []}
+    await host.ask(op="release", agent_id=str(GUEST), reason=" disk lost ")
+    [entry] = cast(list[dict[str, object]], (await host.ask(op="audit"))["entries"])
+    assert entry.pop("at")
+    assert entry == {
+        "who": f"uid {os.getuid()}",
+        "action": "vtpm-release",
+        "subject": str(GUEST),
+        "reason": "disk lost",
+    }
+
+
+async def test_a_guest_that_was_released_while_it_runs_gets_no_leaf(host: VtpmHost) -> None:
+    """From that moment: its vTPM is not the certified one any more."""
+    state = await made(host)
+    await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state))
+    await host.report(domain(GUEST, "running"))
+    assert isinstance((await host.residency.check({GUEST}))[GUEST], bytes)
+    await host.ask(op="release", agent_id=str(GUEST), reason="stolen")
+    assert isinstance((await host.residency.check({GUEST}))[GUEST], GuestNotHere)
+
+
+async def test_after_the_hosts_tpm_was_replaced_each_vtpm_is_made_anew(folder: Path, ca: SoftCa) -> None:
+    """The journal survives and is bound to no CA key: released and made again, a vTPM is certified by the new one."""
+    now, new_ca = datetime.now(UTC), SoftCa()
+    async with vtpm_host(folder, ca.public, ca.sign) as host:
+        first = await made(host)
+    async with vtpm_host(folder, new_ca.public, new_ca.sign) as host:
+        with pytest.raises(SimulationError, match="has a certified rsa-ek already"):
+            await made(host, name="second")
+        await host.ask(op="release", agent_id=str(GUEST), reason="the mainboard was replaced")
+        second = await made(host, name="second")
+        assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(first)) == {"resident": False}
+        assert await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(second)) == {"resident": True}
+        await host.report(domain(GUEST, "running"))
+        assert await host.residency.check({GUEST}) == {GUEST: await scratch.read_ek(second)}
+    for state, by, other in ((first, ca, new_ca), (second, new_ca, ca)):
+        [certificate] = await nv_of(state, folder, NV_RSA_EK)
+        ek = await ek_in(state, folder)
+        assert certificate is not None
+        verify_vtpm_certificate(certificate, ca=by.public, agent_id=GUEST, ek=ek, now=now)
+        with pytest.raises(CertificateRefused, match="vTPM CA key"):
+            verify_vtpm_certificate(certificate, ca=other.public, agent_id=GUEST, ek=ek, now=now)
 
 
 async def test_a_copied_vtpm_is_not_certified_for_another_guest(host: VtpmHost) -> None:
@@ -267,11 +319,31 @@ async def test_users_that_are_not_in_the_settings_are_refused(folder: Path, ca: 
         await host.report(domain(GUEST))
         with pytest.raises(SimulationError, match=f"user {os.getuid()} may not use"):
             await manufacture(folder / "vtpm", create_certs=host.certs(GUEST))
-        for op in ("issue", "starting", "release", "anything"):
+        for op in ("issue", "starting", "release", "audit", "anything"):
             with pytest.raises(LocalRefusal) as refused:
                 await host.ask(op=op)
             assert refused.value.error == "AccessDenied"
     assert ca.signed == 0
+
+
+ASK = "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.send(b'%s\\n'); print(s.recv(9999).decode())"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
+@pytest.mark.parametrize("op", ["starting", "release", "audit"])
+async def test_swtpms_user_asks_for_certificates_only(folder: Path, ca: SoftCa, op: str) -> None:
+    """It is in the settings, and may neither say what a guest starts with, nor release it, nor read who did."""
+    nobody = 65534
+    async with vtpm_host(folder, ca.public, ca.sign, peer_uids={0, nobody}) as host:
+        folder.chmod(0o755)
+        host.socket.chmod(0o666)
+        line = json.dumps({"op": op, "agent_id": str(GUEST), "reason": "r", "state_dir": "/"})
+        child = await asyncio.create_subprocess_exec(
+            "/usr/bin/python3", "-c", ASK % line, str(host.socket), user=nobody, stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(30):
+            answer, _ = await child.communicate()
+    assert json.loads(answer) == {"error": "AccessDenied", "detail": f"user {nobody} may ask for certificates only"}
 
 
 async def test_a_tpm_that_does_not_sign_keeps_the_guest_from_being_made(host: VtpmHost, ca: SoftCa) -> None:
@@ -293,6 +365,10 @@ BAD_LINES = {
     b'{"op": "starting", "agent_id": "%s", "state_dir": "/", "ek": ""}' % str(GUEST).encode(): "MalformedMessage",
     b'{"op": "release", "agent_id": "%s", "reason": "r"}' % str(GUEST).encode(): "NotFound",
     b'{"op": "release", "agent_id": "%s"}' % str(GUEST).encode(): "MalformedMessage",
+    b'{"op": "release", "agent_id": "%s", "reason": 5}' % str(GUEST).encode(): "MalformedMessage",
+    b'{"op": "release", "agent_id": "%s", "reason": "a\\nb"}' % str(GUEST).encode(): "MalformedMessage",
+    b'{"op": "release", "agent_id": "%s", "reason": "r", "who": "me"}' % str(GUEST).encode(): "MalformedMessage",
+    b'{"op": "audit", "all": true}': "MalformedMessage",
     b'{"op": "issue", "type": "ek", "ek": "00", "vmid": "a:%s"}' % str(GUEST).encode(): "MalformedMessage",
     b'{"op": "issue", "op": "issue"}': "MalformedMessage",
 }

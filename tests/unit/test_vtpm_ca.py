@@ -289,7 +289,7 @@ async def test_the_journal_has_the_key_before_it_is_signed(host: Host) -> None:
     host.soft.fault = None
     with pytest.raises(Conflict):
         await host.issue()
-    await host.journal.release(GUEST, "the TPM failed")
+    await host.journal.release(GUEST, "the TPM failed", who="uid 0")
     await host.issue()
 
 
@@ -302,7 +302,7 @@ async def test_one_key_of_each_kind_per_guest(host: Host) -> None:
         with pytest.raises(Conflict, match=str(GUEST)):
             await host.issue(each)
     assert host.soft.signed == 3
-    await host.journal.release(GUEST, "made anew")
+    await host.journal.release(GUEST, "made anew", who="uid 0")
     await host.issue(replace(wanted[0], key=STRANGER.ek_key.public_key()))
 
 
