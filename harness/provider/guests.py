@@ -6,7 +6,8 @@ sealing nor when it issues a certificate.
 Invariants:
     1. While the cache is not complete nothing is said about any guest: NotReady, not GuestNotHere.
     2. Nothing here waits for the guest manager but the task that follows it.
-    3. A domain that was seen off is in another run from then on, whether or not its next start was seen.
+    3. A domain that was seen off is in another run from then on, whether or not its next start was seen. Where the
+       guest manager gives each start an id, that id says so too, also for starts that no report told of.
 
 Owner: `GuestCache.follow` changes the domains.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ _LINE_LIMIT = 1 << 20
 _CONNECT_S = 5.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.05, 2.0
 _SETTLE_S = 5.0
+_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 RUNNING, STARTING, SHUTOFF = "running", "starting", "shutoff"
 _ALIVE = frozenset({RUNNING, "paused", "migrating"})
 """States of one and the same run; a guest in any other one (crashed, ...) runs again only after a new start."""
@@ -45,11 +48,13 @@ class Domain:
         agent_id: its UUID.
         state: ``shutoff``, ``starting``, ``running``, ``paused`` or ``migrating``.
         persistent: False for a transient domain.
+        run: id of its present start; None while it is off, and from a guest manager that has no such ids.
     """
 
     agent_id: AgentId
     state: str
     persistent: bool
+    run: str | None = None
 
 
 class GuestSource(Protocol):
@@ -106,9 +111,21 @@ def _report(line: bytes) -> Mapping[AgentId, Domain] | tuple[AgentId, Domain | N
 
 def _domain(entry: object) -> Domain:
     match entry:
-        case {"uuid": str(uuid_text), "state": str(state), "persistent": bool(persistent)}:
-            return Domain(agent_id=parse_agent_id(uuid_text), state=state, persistent=persistent)
+        case {"uuid": str(uuid_text), "state": str(state), "persistent": bool(persistent), **rest}:
+            run = parse_run(rest.get("run"))
+            return Domain(agent_id=parse_agent_id(uuid_text), state=state, persistent=persistent, run=run)
     raise MalformedMessage("a domain must have uuid, state and persistent")
+
+
+def parse_run(value: object) -> str | None:
+    """Id of a start as a guest manager gives it, or None.
+
+    Raises:
+        MalformedMessage: neither null nor 1 to 64 letters, digits, dashes and underscores.
+    """
+    if value is None or (isinstance(value, str) and _RUN.fullmatch(value)):
+        return value
+    raise MalformedMessage("run must be 1 to 64 letters, digits, dashes and underscores")
 
 
 class GuestCache:

@@ -101,7 +101,7 @@ class IssuedCertificate(HostBase):
 
 
 class SeenVtpm(HostBase):
-    """The EK that was read from a copy of a guest's vTPM state at its last start, and which files those were."""
+    """The EK that was read from a copy of a guest's vTPM state at its last start: of which file, for which run."""
 
     __tablename__ = "seen_vtpms"
 
@@ -111,6 +111,7 @@ class SeenVtpm(HostBase):
     inode: Mapped[str] = mapped_column(String(20))
     spki_digest: Mapped[bytes] = mapped_column(LargeBinary)
     seen_at: Mapped[float] = mapped_column(Float)
+    run: Mapped[str | None] = mapped_column(String(64), default=None)
 
 
 class HostAuditRow(AuditColumns, HostBase):

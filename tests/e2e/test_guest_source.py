@@ -64,12 +64,12 @@ async def test_the_list_comes_first_and_then_every_change(socket: Path) -> None:
     """Members that we do not use are ignored."""
     lines = [
         {"domains": [SHOWN]},
-        {"domain": SHOWN | {"state": "paused"}, "event": "suspended"},
+        {"domain": SHOWN | {"state": "paused", "run": "r-1"}, "event": "suspended"},
         {"domain": SHOWN | {"state": "shutoff"}, "event": "undefined"},
     ]
     async with says(socket, *(json.dumps(line).encode() for line in lines)) as requests:
         taken, reason = await reports(socket)
-    assert taken == [{GUEST: domain(GUEST, "running")}, (GUEST, domain(GUEST, "paused")), (GUEST, None)]
+    assert taken == [{GUEST: domain(GUEST, "running")}, (GUEST, domain(GUEST, "paused", run="r-1")), (GUEST, None)]
     assert "closed" in reason
     assert [json.loads(request) for request in requests] == [{"op": "watch"}]
 
@@ -78,6 +78,7 @@ WRONG_MEMBERS: dict[str, list[object]] = {
     "uuid": [None, 5, "", "X", str(GUEST).upper()],
     "state": [None, 5, []],
     "persistent": [None, 1, "true"],
+    "run": [5, "", "a b", "x" * 65, []],
 }
 BAD = [
     b"",

@@ -59,8 +59,8 @@ class ScriptedGuests:
         raise PeerUnreachable("it went away")
 
 
-def domain(agent_id: AgentId, state: str = "shutoff", *, persistent: bool = True) -> Domain:
-    return Domain(agent_id=agent_id, state=state, persistent=persistent)
+def domain(agent_id: AgentId, state: str = "shutoff", *, persistent: bool = True, run: str | None = None) -> Domain:
+    return Domain(agent_id=agent_id, state=state, persistent=persistent, run=run)
 
 
 class SoftCa:

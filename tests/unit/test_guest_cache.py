@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import GuestNotHere, MalformedMessage, NotReady, PeerUnreachable
+from harness.errors import CloneSuspected, GuestNotHere, MalformedMessage, NotReady, PeerUnreachable
 from harness.provider.guests import Domain, GuestCache
 from harness.provider.journal import RSA_EK, Journal
 from harness.provider.residency import GuestResidency
@@ -375,7 +375,7 @@ async def test_a_guest_whose_vtpm_was_never_certified_is_not_here(resident: Resi
 
 async def test_a_released_vtpm_is_not_here(resident: Resident) -> None:
     """The operator's release takes effect at the next batch."""
-    await resident.journal.release(GUEST, "stolen")
+    await resident.journal.release(GUEST, "stolen", who="uid 0")
     assert isinstance(await resident.found(), GuestNotHere)
 
 
@@ -432,3 +432,89 @@ async def test_the_report_for_the_registrar_names_every_domain(resident: Residen
         {"agent_id": str(GUEST), "state": "running", "vtpm_ek": KEY.hex()},
         {"agent_id": str(OTHER), "state": "shutoff", "vtpm_ek": ""},
     ]
+
+
+# --- runs with ids ----------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """What happens to GUEST at a guest manager that gives its starts ids."""
+
+    def __init__(self, resident: Resident, folder: Path) -> None:
+        self.resident = resident
+        (folder / "tpm2-00.permall").write_bytes(b"state")
+        self.folder = folder
+
+    async def start(self, run: str, *, told: str | None = None) -> None:
+        """An honest start; the hook may tell another id than the reports."""
+        await self.resident.host.change(domain(GUEST))
+        await self.resident.residency.starting(GUEST, self.folder, run=told or run)
+        await self.resident.host.change(domain(GUEST, "starting", run=run))
+        await self.resident.host.change(domain(GUEST, "running", run=run))
+
+
+@pytest.fixture
+def runs(resident: Resident, tmp_path: Path) -> Runs:
+    return Runs(resident, tmp_path)
+
+
+async def test_a_reading_holds_for_the_run_that_it_was_made_for(runs: Runs) -> None:
+    """Paused and resumed it is the same run."""
+    await runs.start("r1")
+    assert await runs.resident.found() == KEY
+    for state in ("paused", "running"):
+        await runs.resident.host.change(domain(GUEST, state, run="r1"))
+    assert await runs.resident.found() == KEY
+
+
+async def test_a_restart_during_a_lost_connection_is_noticed(runs: Runs) -> None:
+    """It ran before and it runs after; only the id of the run tells that nobody looked at what runs now."""
+    await runs.start("r1")
+    runs.resident.host.guests.break_off()
+    await runs.resident.host.say(domain(GUEST, "running", run="r2"))
+    assert isinstance(await runs.resident.found(), GuestNotHere)
+    await runs.start("r3")
+    assert await runs.resident.found() == KEY
+
+
+async def test_the_same_run_after_a_lost_connection_is_here(runs: Runs) -> None:
+    """The manager's socket broke; the guest did not."""
+    await runs.start("r1")
+    runs.resident.host.guests.break_off()
+    await runs.resident.host.say(domain(GUEST, "running", run="r1"))
+    assert await runs.resident.found() == KEY
+
+
+async def test_a_reading_for_another_run_does_not_hold(runs: Runs) -> None:
+    """The hook told of one start, and another one runs."""
+    await runs.start("r2", told="r1")
+    assert isinstance(await runs.resident.found(), GuestNotHere)
+
+
+@pytest.mark.parametrize(("run", "here"), [("r1", True), ("r2", False)])
+async def test_the_run_of_a_reading_survives_the_host_agent(runs: Runs, run: str, here: bool) -> None:
+    """A new host agent finds a guest running: the journal knows for which start its EK was read."""
+    await runs.start("r1")
+    async with followed() as host:
+        again = Resident(host, runs.resident.journal)
+        await host.say(domain(GUEST, "running", run=run))
+        assert (await again.found() == KEY) is here
+
+
+async def test_a_manager_without_ids_is_followed_by_what_it_reports(runs: Runs) -> None:
+    """A run that it does not name is the one that was seen starting."""
+    await runs.resident.host.change(domain(GUEST))
+    await runs.resident.residency.starting(GUEST, runs.folder, run="r1")
+    await runs.resident.host.change(domain(GUEST, "running"))
+    assert await runs.resident.found() == KEY
+
+
+async def test_a_clone_of_another_guests_vtpm_does_not_start(resident: Resident, tmp_path: Path) -> None:
+    """The EK is certified for a guest: under any other UUID it is a copy. The genuine guest stays here."""
+    (tmp_path / "tpm2-00.permall").write_bytes(b"state")
+    await resident.host.change(domain(OTHER))
+    with pytest.raises(CloneSuspected, match=str(GUEST)):
+        await resident.residency.starting(OTHER, tmp_path)
+    await resident.host.change(domain(OTHER, "running"))
+    assert isinstance((await resident.residency.check({OTHER}))[OTHER], GuestNotHere)
+    assert await resident.found() == KEY

@@ -1,4 +1,4 @@
-"""Schema 2 of the host agent's tables: the audit trail."""
+"""Schema 2 of the host agent's tables: the audit trail, and the run that an EK was read for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade(op: Operations) -> None:
-    """Adds a table."""
+    """Adds a table and a column."""
     op.create_table(
         "audit",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
@@ -20,3 +20,4 @@ def upgrade(op: Operations) -> None:
         sa.Column("subject", sa.Text, nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
     )
+    op.add_column("seen_vtpms", sa.Column("run", sa.String(64)))
