@@ -3,6 +3,7 @@
 Invariants:
     1. `start` returns when swtpm accepts commands; TPM2_Startup is left to the caller (firmware does it, not the TPM).
     2. swtpm does not outlive its parent, however that ends, where ``setpriv`` is installed (util-linux).
+    3. Two swtpms never work on one state: swtpm locks it, and a start waits for one that is just ending.
 
 Owner: the task that started it. `start` must be called in a thread that lives as long as the process shall (the main
 thread): the kernel sends the death signal when the *thread* that forked ends (prctl(2), PR_SET_PDEATHSIG).
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import shutil
 import signal
 from asyncio.subprocess import DEVNULL, Process
@@ -26,7 +28,9 @@ SOCKET_PATH_LIMIT = 107
 """Bytes of a UNIX socket path (unix(7): 108 with the terminator); ``.ctrl`` is part of it."""
 _START_S = 10.0
 _STOP_S = 5.0
+_FREE_S = 10.0
 _POLL_S = 0.005
+_LAST_BYTES = 4096
 _GET_CAPABILITY = (1).to_bytes(4, "big")
 _RESULT_SIZE = 4
 
@@ -76,7 +80,8 @@ class SwtpmProcess:
 
         Raises:
             SimulatorMissing: swtpm is not installed.
-            SimulatorCrashed: it ended at once or was not ready in time; its log is named.
+            SimulatorCrashed: it ended at once (its last word is in the text), was not ready in time, or another swtpm
+                works on the state; its log is named.
 
         *Cancellation:* the process is killed.
         """
@@ -86,11 +91,19 @@ class SwtpmProcess:
         if swtpm is None:
             raise SimulatorMissing("swtpm is not installed")
         self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self.until_free()
         for leftover in (self._socket, self.control):
             leftover.unlink(missing_ok=True)
-        setpriv = shutil.which("setpriv")
-        command = [setpriv, "--pdeathsig", "TERM", swtpm] if setpriv else [swtpm]
-        command += ["socket", "--tpm2", "--tpmstate", f"dir={self._state_dir}", "--flags", "not-need-init"]
+        command = [
+            *with_parent("TERM"),
+            swtpm,
+            "socket",
+            "--tpm2",
+            "--tpmstate",
+            f"dir={self._state_dir}",
+            "--flags",
+            "not-need-init",
+        ]
         command += ["--server", f"type=unixio,path={self._socket},mode=0600"]
         command += ["--ctrl", f"type=unixio,path={self.control},mode=0600", "--log", f"file={self._log},level=1"]
         self._process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
@@ -104,10 +117,27 @@ class SwtpmProcess:
             self.kill()
             raise
 
+    async def until_free(self) -> None:
+        """Waits until no swtpm works on the state: one whose parent was killed needs a moment to end.
+
+        Raises:
+            SimulatorCrashed: another swtpm holds the state for more than ten seconds.
+
+        *Cancellation:* nothing has changed.
+        """
+        try:
+            async with asyncio.timeout(_FREE_S):
+                while _is_locked(self._state_dir / ".lock"):  # noqa: ASYNC110 - the kernel tells nobody
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise SimulatorCrashed(f"another swtpm works on {self._state_dir} and does not end") from error
+
     async def _until_ready(self, process: Process) -> None:
         while True:
             if process.returncode is not None:
-                raise SimulatorCrashed(f"swtpm ended at once with code {process.returncode}; see {self._log}")
+                raise SimulatorCrashed(
+                    f"swtpm ended at once with code {process.returncode}: {_last_line(self._log)}; see {self._log}"
+                )
             with contextlib.suppress(ConnectionError, FileNotFoundError, asyncio.IncompleteReadError):
                 await self._answered()
                 return
@@ -158,3 +188,30 @@ class SwtpmProcess:
         if self._process is None:
             raise SimulatorCrashed("swtpm was not started")
         return await self._process.wait()
+
+
+def with_parent(number: str) -> list[str]:
+    """Start of a command that gets this signal when the thread that started it ends; empty without ``setpriv``."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", number] if setpriv else []
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r+b") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # swtpm's own kind; closing the file releases it
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # there is none, or it is for swtpm to say that it cannot be used
+    return False
+
+
+def _last_line(log: Path) -> str:
+    """The line before the general one with which swtpm ends; for an error message."""
+    try:
+        lines = log.read_bytes()[-_LAST_BYTES:].decode(errors="replace").strip().splitlines()
+    except OSError:
+        return "no log"
+    telling = [line for line in lines if not line.startswith("Error: Could not initialize")]
+    return telling[-1][:200] if telling else "its log is empty"

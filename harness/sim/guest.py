@@ -5,6 +5,7 @@ Invariants:
     2. Before the guest runs, the host agent has read its EK from a copy of the state; then its boot is measured.
     3. A stopped guest leaves no process.
     4. A removed guest does not start again, whoever waited for its turn.
+    5. Every start is another run, with an id of its own; a guest whose vTPM ends is off, and its run is over.
 
 Owner: the guest manager; `start` and `stop` of one guest exclude each other.
 
@@ -15,14 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from harness.errors import GuestDidNotStart, HarnessError, NotFound
 from harness.sim.boot import Scenario, replay
+from harness.sim.guest_agents import AgentProcess, KeptAgent
 from harness.sim.swtpm import CreateCerts, manufacture
 from harness.swtpm import SwtpmProcess
 from harness.tpm import Tpm
@@ -33,15 +35,8 @@ _HOOK_S = 40.0
 _TPM_S = 20.0
 
 
-class AgentProcess(Protocol):
-    """The guest agent, as the composition root started it."""
-
-    async def stop(self) -> None:
-        """Ends it and waits for its end."""
-
-
-Spawn = Callable[[str, Path], AgentProcess]
-"""Starts the guest agent of a guest with this name and settings file."""
+MakeAgent = Callable[[str, Path], AgentProcess]
+"""Makes the guest agent of a guest with this name and settings file; it is not started yet."""
 Changed = Callable[[str], None]
 """Told the new state of the domain."""
 
@@ -57,6 +52,7 @@ class GuestDefinition:
         agent_config: settings of its guest agent; None: nothing runs inside.
         tool: create_certs_tool for its vTPM.
         tool_config: its configuration file.
+        autostart: whether it is kept running.
     """
 
     agent_id: AgentId
@@ -65,6 +61,7 @@ class GuestDefinition:
     agent_config: Path | None
     tool: Path
     tool_config: Path
+    autostart: bool = False
 
 
 class ProcessGuest:
@@ -74,22 +71,25 @@ class ProcessGuest:
         definition: what it is.
         folder: where it lives.
         host_agent: the host agent's local socket.
-        spawn: starts its agent.
+        make_agent: makes its agent.
         changed: told about its states: starting, running, shutoff.
     """
 
     def __init__(
-        self, definition: GuestDefinition, folder: Path, host_agent: Path, *, spawn: Spawn, changed: Changed
+        self, definition: GuestDefinition, folder: Path, host_agent: Path, *, make_agent: MakeAgent, changed: Changed
     ) -> None:
         self.definition = definition
         self.state = "shutoff"
+        self.run: str | None = None
         self.state_dir = folder / "tpm"
         self._folder = folder
         self._host_agent = host_agent
-        self._spawn = spawn
         self._changed = changed
         self._swtpm = SwtpmProcess(self.state_dir, folder / "s", folder / "swtpm.log")
-        self._agent: AgentProcess | None = None
+        config = definition.agent_config
+        self._agent = None if config is None else KeptAgent(definition.name, make_agent(definition.name, config))
+        self._is_off = asyncio.Event()
+        self._is_off.set()
         self._watching: asyncio.Task[None] | None = None
         self._removed = False
         self._lock = asyncio.Lock()
@@ -110,12 +110,13 @@ class ProcessGuest:
             if self.state == "running":
                 return
             scenario = Scenario.load(self.definition.scenario)
+            self.run = secrets.token_hex(16)
             self._enter("starting")
             try:
                 await self._power_on(scenario)
                 self._enter("running")
-                if self.definition.agent_config is not None:
-                    self._agent = self._spawn(self.definition.name, self.definition.agent_config)
+                if self._agent is not None:
+                    self._agent.start()
             except (HarnessError, OSError) as error:  # OSError: from the system, when a program is started
                 await self._power_off()
                 reason = error.detail if isinstance(error, HarnessError) else str(error)
@@ -124,6 +125,13 @@ class ProcessGuest:
                 await self._power_off()
                 raise
             self._watching = asyncio.create_task(self._watch())
+
+    async def off(self) -> None:
+        """Waits until the guest is off; no deadline, for a task that keeps it running.
+
+        *Cancellation:* the guest goes on.
+        """
+        await self._is_off.wait()
 
     async def stop(self) -> None:
         """Stops the guest in order; does nothing when it is off.
@@ -158,7 +166,8 @@ class ProcessGuest:
             vmid = f"{wanted.name}:{wanted.agent_id}"
             certs = CreateCerts(tool=wanted.tool, config=wanted.tool_config, options=wanted.tool_config, vmid=vmid)
             await manufacture(self.state_dir, create_certs=certs)
-        start = {"op": "starting", "agent_id": str(wanted.agent_id), "state_dir": str(self.state_dir)}
+        await self._swtpm.until_free()  # what is read now is what will run
+        start = {"op": "starting", "agent_id": str(wanted.agent_id), "state_dir": str(self.state_dir), "run": self.run}
         await ask(self._host_agent, start, deadline_s=_HOOK_S)
         await self._swtpm.start()
         async with await Tpm.open(self._swtpm.tcti, timeout_s=_TPM_S) as tpm:
@@ -166,15 +175,15 @@ class ProcessGuest:
             await replay(scenario, tpm)
 
     async def _power_off(self) -> None:
-        agent, self._agent = self._agent, None
-        if agent is not None:
-            await agent.stop()
+        if self._agent is not None:
+            await self._agent.stop()
         if self._swtpm.running:
             with contextlib.suppress(HarnessError):  # a vTPM that takes no command any more is switched off too
                 async with await Tpm.open(self._swtpm.tcti, timeout_s=_TPM_S) as tpm:
                     await tpm.shutdown()
         await self._swtpm.stop()
         if self.state != "shutoff":
+            self.run = None
             self._enter("shutoff")
 
     async def _watch(self) -> None:
@@ -185,4 +194,8 @@ class ProcessGuest:
 
     def _enter(self, state: str) -> None:
         self.state = state
+        if state == "shutoff":
+            self._is_off.set()
+        else:
+            self._is_off.clear()
         self._changed(state)

@@ -3,6 +3,7 @@
 Invariants:
     1. A state directory that exists is whole: swtpm_setup works in a directory beside it, which is renamed at the end.
     2. An existing state directory is never changed.
+    3. swtpm_setup ends with its caller: what it leaves half-made is removed by the next manufacture.
 
 Owner: the caller; two calls for one directory must not run at once.
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import SimulationError, SimulatorMissing
+from harness.swtpm import with_parent
 from harness.values import HashAlg
 
 BANKS = (HashAlg.SHA256, HashAlg.SHA384)
@@ -108,6 +110,7 @@ async def _run(command: Sequence[str], log: Path, *, scratch: Path) -> None:
     # folder for certificates, which it removes only when it ends by itself.
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
+            *with_parent("KILL"),  # its swtpm ends with it
             *command,
             stdin=DEVNULL,
             stdout=PIPE,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import ConfigError, LocalRefusal, SimulationError
+from harness.errors import LocalRefusal, SimulationError
 from harness.provider import scratch
 from harness.provider.guests import GuestCache, SocketGuestSource
 from harness.sim.boot import Scenario, reference_values
@@ -85,6 +85,8 @@ async def test_a_list_shows_what_a_host_agent_needs(lab: GuestLab) -> None:
                     "state": "shutoff",
                     "persistent": True,
                     "state_dir": str(lab.state_dir(GUEST)),
+                    "autostart": False,
+                    "run": None,
                 }
             ]
         }
@@ -389,6 +391,7 @@ WRONG_MEMBERS: dict[str, list[object]] = {
     "create_certs": [5, [], {}, {"tool": "/t"}, {"config": "/c"}, {"tool": 5, "config": "/c"}],
     "state_dir": ["/elsewhere"],
     "persistent": [False],
+    "autostart": [None, 1, "true"],
 }
 BAD: list[object] = [
     *(HONEST | {name: value} for name, values in WRONG_MEMBERS.items() for value in values),
@@ -402,6 +405,9 @@ BAD: list[object] = [
     {"op": "start", "uuid": 5},
     {"op": "start", "uuid": "X"},
     {"op": "start", "uuid": str(GUEST), "force": True},
+    {"op": "autostart", "uuid": str(GUEST)},
+    {"op": "autostart", "uuid": str(GUEST), "on": 1},
+    {"op": "autostart", "uuid": str(GUEST), "on": True, "now": True},
     [],
     5,
     None,
@@ -440,14 +446,49 @@ async def test_a_line_above_the_limit_ends_its_own_connection_only(lab: GuestLab
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"no JSON", json.dumps({"uuid": str(GUEST)}).encode(), json.dumps(HONEST).encode()]
 )
-async def test_a_kept_definition_that_is_broken_is_named(lab: GuestLab, content: bytes) -> None:
-    """The service does not start without a guest that was defined, and says which file is to blame."""
+async def test_a_kept_definition_that_is_broken_is_shown_and_keeps_no_other_from_its_work(
+    lab: GuestLab, content: bytes
+) -> None:
+    """It is listed with its file, cannot be started, and is defined again with the vTPM that it had."""
+    file = lab.folder / "guests" / str(GUEST) / "domain.json"
+    (file.parent / "tpm").mkdir(parents=True)
+    file.write_bytes(content)
+    async with lab.manager():
+        await lab.define(OTHER)
+        shown = {entry["uuid"]: entry for entry in await lab.shown()}
+        assert (shown[str(GUEST)]["state"], shown[str(GUEST)]["persistent"]) == ("broken", True)
+        assert str(file) in shown[str(GUEST)]["detail"]
+        for op in ("start", "stop"):
+            assert str(file) in await refused(lab, "ConfigError", op=op, uuid=str(GUEST))
+        await lab.define(GUEST)
+        assert await lab.domains() == {str(GUEST): "shutoff", str(OTHER): "shutoff"}
+    assert (file.parent / "tpm").is_dir()
+
+
+async def test_a_broken_definition_is_removed_with_its_folder(lab: GuestLab) -> None:
+    """And watchers are told."""
     file = lab.folder / "guests" / str(GUEST) / "domain.json"
     file.parent.mkdir(parents=True)
-    file.write_bytes(content)
-    with pytest.raises(ConfigError, match=str(file)):
-        async with lab.manager():
-            pass
+    file.write_bytes(b"{")
+    async with lab.manager(), lab.watcher() as watcher:
+        await watcher.report()
+        assert await lab.ask(op="undefine", uuid=str(GUEST)) == {}
+        assert await watcher.change() == (str(GUEST), "undefined", "broken")
+        assert await lab.domains() == {}
+    assert not file.parent.exists()
+
+
+async def test_what_a_crash_left_half_written_is_removed(lab: GuestLab) -> None:
+    """A definition that nobody was told of, and a new version of one that was not put in place."""
+    folder = lab.folder / "guests"
+    async with lab.manager():
+        await lab.define(OTHER)
+    (folder / str(GUEST)).mkdir()
+    for agent_id in (GUEST, OTHER):
+        (folder / str(agent_id) / ".domain.json.x7f3").write_bytes(b'{"uuid": "')
+    async with lab.manager():
+        assert await lab.domains() == {str(OTHER): "shutoff"}
+    assert [path.name for path in folder.rglob("*")] == [str(OTHER), "domain.json"]
 
 
 async def test_a_socket_that_cannot_be_made_is_named(lab: GuestLab) -> None:
@@ -461,4 +502,4 @@ async def _run(lab: GuestLab) -> None:
     from harness.sim.guest_manager import GuestManager
 
     async with asyncio.timeout(TIME_S):
-        await GuestManager(lab.settings, lab.agents.spawn).run()
+        await GuestManager(lab.settings, lab.agents.make).run()

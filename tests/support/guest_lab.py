@@ -52,25 +52,48 @@ class HostAgentHook:
 
 
 class Agents:
-    """Starts guest agents that do nothing. ``fault`` is raised instead."""
+    """Makes guest agents that do nothing. ``fault`` is raised when one is started."""
 
     def __init__(self) -> None:
         self.running: list[tuple[str, Path]] = []
+        self.starts = 0
         self.fault: Exception | None = None
+        self._made: list[_Agent] = []
 
-    def spawn(self, name: str, config: Path) -> _Agent:
-        if self.fault is not None:
-            raise self.fault
-        self.running.append((name, config))
-        return _Agent(self.running, (name, config))
+    def make(self, name: str, config: Path) -> _Agent:
+        self._made.append(_Agent(self, (name, config)))
+        return self._made[-1]
+
+    def crash(self) -> None:
+        """All end by themselves."""
+        for made in self._made:
+            made.end()
 
 
 class _Agent:
-    def __init__(self, running: list[tuple[str, Path]], entry: tuple[str, Path]) -> None:
-        self._running, self._entry = running, entry
+    def __init__(self, agents: Agents, entry: tuple[str, Path]) -> None:
+        self._agents, self._entry = agents, entry
+        self._ended = asyncio.Event()
+        self._ended.set()
+
+    def start(self) -> None:
+        if self._agents.fault is not None:
+            raise self._agents.fault
+        self._agents.starts += 1
+        self._agents.running.append(self._entry)
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            self._agents.running.remove(self._entry)
+
+    async def wait(self) -> int | None:
+        await self._ended.wait()
+        return 1
 
     async def stop(self) -> None:
-        self._running.remove(self._entry)
+        self.end()
 
 
 class Watcher:
@@ -126,7 +149,7 @@ class GuestLab:
     @asynccontextmanager
     async def manager(self) -> AsyncIterator[asyncio.Task[None]]:
         """A running guest manager; afterwards cancelled, and it must end in time."""
-        task = asyncio.create_task(GuestManager(self.settings, self.agents.spawn).run())
+        task = asyncio.create_task(GuestManager(self.settings, self.agents.make).run())
         try:
             await until(lambda: self.socket.exists() or task.done())
             if task.done():
@@ -163,6 +186,10 @@ class GuestLab:
         """State of each domain."""
         shown = cast(list[dict[str, str]], (await self.ask(op="list"))["domains"])
         return {entry["uuid"]: entry["state"] for entry in shown}
+
+    async def shown(self) -> list[dict[str, Any]]:
+        """All that the list says."""
+        return cast(list[dict[str, Any]], (await self.ask(op="list"))["domains"])
 
     def state_dir(self, agent_id: AgentId) -> Path:
         return self.folder / "guests" / str(agent_id) / "tpm"
