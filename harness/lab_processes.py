@@ -33,6 +33,7 @@ from harness.errors import SimulationError
 
 PRELOADED = "harness.preload"
 _STOP_S = 5.0
+_REPORT_S, _POLL_S = 0.5, 0.01
 
 
 def warm_up() -> None:
@@ -114,6 +115,10 @@ class ServiceProcess:
         """
         if self._pidfd is not None:
             await _readable(self._pidfd)
+            with contextlib.suppress(TimeoutError):  # the parent that forked it tells its code a moment later, or never
+                async with asyncio.timeout(_REPORT_S):
+                    while self.exit_code is None:  # noqa: ASYNC110 - multiprocessing has no more than a poll
+                        await asyncio.sleep(_POLL_S)
         return self.exit_code
 
     async def stop(self, deadline_s: float = _STOP_S) -> None:

@@ -1,0 +1,183 @@
+"""Supervision on real processes: what dies comes back, what is taken is said, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import config
+from harness.errors import ConfigError, NotFound, SimulationError
+from harness.lab_record import LabRecord
+from harness.lab_site import ServiceFile
+from harness.lab_supervision import Supervision
+from harness.pki import Authority, Role
+
+_DEADLINE_S = 30.0
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short folder with an authority in it."""
+    with tempfile.TemporaryDirectory(prefix="h") as name:
+        Authority.create("provider CA").write(Path(name))
+        yield Path(name)
+
+
+def registrar(folder: Path, name: str = "registrar", *, port: int | None = None) -> ServiceFile:
+    """A provider registrar: a real service that needs nothing but a database."""
+    certificate, key = Authority.load(folder).issue(Role.PROVIDER_REGISTRAR, name).write(folder, name)
+    settings = config.ProviderRegistrarSettings(
+        listen=config.Listen(port=port or LabRecord(folder).port(name)),
+        tls=config.TlsSettings(certificate=certificate, key=key, authorities={"provider": folder / "ca.pem"}),
+        database=f"sqlite+aiosqlite:///{folder / name}.db",
+    )
+    path = folder / f"{name}.yml"
+    config.dump(settings, path)
+    return ServiceFile(
+        name=name,
+        service="provider-registrar",
+        config=path,
+        text=path.read_text(),
+        state_dir=folder,
+        url=f"https://127.0.0.1:{settings.listen.port}",
+    )
+
+
+@pytest.fixture
+async def supervision(folder: Path) -> AsyncIterator[Supervision]:
+    """One that is stopped at the end."""
+    made = Supervision(lambda name: folder / f"{name}.log")
+    yield made
+    await made.stop()
+
+
+async def until(holds: Callable[[], bool], what: str) -> None:
+    """Waits for a change of state that nobody announces."""
+    async with asyncio.timeout(_DEADLINE_S):
+        while not holds():  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.02)
+    assert holds(), what
+
+
+def pid_of(supervision: Supervision, name: str = "registrar") -> int | None:
+    """Process id as the supervision says it."""
+    found = {service["name"]: service["pid"] for service in supervision.status()}[name]
+    assert found is None or isinstance(found, int)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_killed_service_comes_back_at_its_address(folder: Path, supervision: Supervision) -> None:
+    """After kill -9 another process serves the same port, and a client that came meanwhile was not refused."""
+    service = registrar(folder)
+    assert await supervision.apply([service])
+    await until(lambda: pid_of(supervision) is not None, "started")
+    first = pid_of(supervision)
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    _, port = str(service.url).rsplit(":", 1)
+    socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+    await until(lambda: pid_of(supervision) not in (None, first), "restarted")
+    assert supervision.status()[0]["restarts"] == 1
+
+
+async def test_a_service_that_cannot_start_is_tried_again_and_says_why(folder: Path, supervision: Supervision) -> None:
+    """Unusable settings end it each time; the status quotes its log; the others are not disturbed."""
+    good, bad = registrar(folder), registrar(folder, "broken")
+    bad.config.write_text("listen: {}\n")
+    await supervision.apply([good, bad])
+    await until(lambda: int(str(supervision.status()[1]["restarts"])) >= 2, "tried again")
+    await until(lambda: "database: is missing" in str(supervision.status()[1]["why"]), "said why")
+    assert (pid_of(supervision) is not None, supervision.status()[0]["restarts"]) == (True, 0)
+
+
+async def test_nothing_starts_while_a_port_is_taken(folder: Path, supervision: Supervision) -> None:
+    """The port and its service are named, and no other service was started."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = registrar(folder, "taken", port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"port \d+ of taken is taken by another program; `ss -tlnp"):
+            await supervision.apply([registrar(folder), taken])
+        assert supervision.status() == []
+
+
+async def test_applying_the_same_services_changes_nothing(folder: Path, supervision: Supervision) -> None:
+    """Other settings restart a service, a service that is gone is ended, and everything else goes on."""
+    one, two = registrar(folder, "one"), registrar(folder, "two")
+    await supervision.apply([one, two])
+    await until(lambda: None not in (pid_of(supervision, "one"), pid_of(supervision, "two")), "started")
+    before = pid_of(supervision, "one"), pid_of(supervision, "two")
+    assert not await supervision.apply([one, two])
+    assert (pid_of(supervision, "one"), pid_of(supervision, "two")) == before
+    assert await supervision.apply([one])
+    assert [service["name"] for service in supervision.status()] == ["one"]
+    assert pid_of(supervision, "one") == before[0]
+    assert not alive(before[1] or 0)
+
+
+async def test_a_restart_on_request_ends_a_service_in_order(folder: Path, supervision: Supervision) -> None:
+    """It comes back as another process; a service that the lab does not have is refused by name."""
+    await supervision.apply([registrar(folder)])
+    await until(lambda: pid_of(supervision) is not None, "started")
+    before = pid_of(supervision)
+    await supervision.restart("registrar")
+    await until(lambda: pid_of(supervision) not in (None, before), "restarted")
+    with pytest.raises(NotFound, match="this lab has registrar"):
+        await supervision.restart("nosuch")
+
+
+async def test_stopping_leaves_no_process_and_no_port(folder: Path) -> None:
+    """Also when it is stopped while services are still being started."""
+    service = registrar(folder)
+    for wait_s in (0.0, 0.05, 0.2, 1.0):
+        supervision = Supervision(lambda name: folder / f"{name}.log")
+        await supervision.apply([service])
+        await asyncio.sleep(wait_s)  # other moments of a start
+        pid = pid_of(supervision)
+        await supervision.stop()
+        assert pid is None or not alive(pid)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", int(str(service.url).rsplit(":", 1)[1])))
+
+
+async def test_a_lab_that_restarts_nothing_is_told_of_an_end(folder: Path) -> None:
+    """The demo's mode: a service that ends by itself is an error that quotes its log."""
+    bad = registrar(folder)
+    bad.config.write_text("listen: {}\n")
+    supervision = Supervision(lambda name: folder / f"{name}.log", restart=False)
+    try:
+        await supervision.apply([bad])
+        with pytest.raises(SimulationError, match=r"registrar ended with code \d+: .*database: is missing"):
+            async with asyncio.timeout(_DEADLINE_S):
+                await supervision.failed()
+    finally:
+        await supervision.stop()
+
+
+async def test_services_outlive_the_parent_that_forks_them(folder: Path, supervision: Supervision) -> None:
+    """The forking parent is killed: what runs goes on under the same PID, and what dies afterwards still comes back."""
+    from multiprocessing import forkserver
+
+    await supervision.apply([registrar(folder)])
+    await until(lambda: pid_of(supervision) is not None, "started")
+    first = pid_of(supervision)
+    parent = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(parent, signal.SIGKILL)
+    await until(lambda: not alive(parent), "killed")
+    assert pid_of(supervision) == first
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: pid_of(supervision) not in (None, first), "restarted")
