@@ -162,7 +162,7 @@ class Onboarding:
             if str(guest.agent_id) not in defined:
                 image = await asyncio.to_thread(write_image, self._site, guest, guest.host)
                 define: dict[str, object] = {"op": "define", "uuid": str(guest.agent_id), "name": guest.name}
-                define |= {"scenario": guest.scenario, "agent_config": str(image)}
+                define |= {"scenario": guest.scenario, "agent_config": str(image), "autostart": True}
                 if guest.foreign_vtpm:
                     define["create_certs"] = self._files.foreign_tool()
                 await ask(host.guest_manager, define, deadline_s=READY_S)
