@@ -15,13 +15,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from harness import events
 from harness.errors import HarnessError, NotFound
 from harness.sim.back_off import BackOff
-from harness.sim.guest import ProcessGuest
+from harness.sim.guest import GuestDefinition
 
 AT_ONCE = 4
+
+
+class Guest(Protocol):
+    """What is kept; see `harness.sim.guest.ProcessGuest`."""
+
+    definition: GuestDefinition
+
+    async def start(self) -> None:
+        """Starts it; does nothing when it runs. Raises HarnessError; NotFound when it was removed."""
+
+    async def off(self) -> None:
+        """Waits until it is off."""
 
 
 class GuestKeeper:
@@ -41,15 +54,15 @@ class GuestKeeper:
         self._sleep = sleep
         self._clock = clock
         self._turns = asyncio.Semaphore(AT_ONCE)
-        self._tasks: dict[ProcessGuest, asyncio.Task[None]] = {}
+        self._tasks: dict[Guest, asyncio.Task[None]] = {}
 
-    def keep(self, guest: ProcessGuest) -> None:
+    def keep(self, guest: Guest) -> None:
         """Keeps a guest running from now on, as long as its definition says so; does nothing when it is kept."""
         task = self._tasks.get(guest)
         if task is None or task.done():
             self._tasks[guest] = asyncio.create_task(self._keep(guest))
 
-    async def release(self, guest: ProcessGuest) -> None:
+    async def release(self, guest: Guest) -> None:
         """Leaves a guest as it is; a start of it that was in work is given up.
 
         *Cancellation:* it is released all the same.
@@ -63,7 +76,7 @@ class GuestKeeper:
         """Releases all guests. *Cancellation:* they are released all the same."""
         await asyncio.gather(*(self.release(guest) for guest in list(self._tasks)))
 
-    async def _keep(self, guest: ProcessGuest) -> None:
+    async def _keep(self, guest: Guest) -> None:
         back_off, told = BackOff(), ""
         while guest.definition.autostart:
             lasted_s = 0.0
