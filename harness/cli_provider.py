@@ -1,4 +1,4 @@
-"""`harness provider`: what the provider's operator does with its registrar and with the guests of its hosts."""
+"""`harness provider`: what the provider's operator does with its registrar: tenants, hosts, the audit trail."""
 
 from __future__ import annotations
 
@@ -8,44 +8,55 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import cli_show, cli_site
-from harness.cli_help import AsJson, Lab, examples, group
-from harness.errors import ConfigError
+from harness import cli_complete, cli_names, cli_policy_view, cli_provider_guest, cli_show, cli_site
+from harness.cli_help import AsJson, HostName, Lab, OptionalReason, Reason, examples, group
+from harness.cli_tenant_alarms import show_audit
+from harness.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
-    from harness.config import HostSite, SiteSettings
     from harness.provider.operator import ProviderOperator
-    from harness.values import AgentId, HostId, PcrSelection
+    from harness.values import HostId, PcrSelection
 
-app = group("Act as the provider's operator: tenants, what they may see, and guests.")
+app = group("Act as the provider's operator: tenants, what they may see, hosts and guests.")
 tenant_app = group("Tenants, and the PCRs of each host that they may see.")
-guest_app = group("Guests of the hosts, and whose they are.")
+host_app = group("Hosts whose agents have announced themselves.")
 app.add_typer(tenant_app, name="tenant")
-app.add_typer(guest_app, name="guest")
+app.add_typer(host_app, name="host")
+app.add_typer(cli_provider_guest.app, name="guest")
 
-TenantName = Annotated[str, typer.Argument(metavar="NAME", help="The tenant's name.")]
-Guest = Annotated[str, typer.Argument(metavar="GUEST", help="The guest's UUID, or its name.")]
-Host = Annotated[str | None, typer.Option("--host", metavar="NAME", help="Which host; may be left out if only one.")]
+TenantName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The tenant's name.", autocompletion=cli_complete.tenants)
+]
+Host = Annotated[
+    str,
+    typer.Argument(
+        metavar="HOST_ID",
+        help="The host's id, the first characters of it, or its name.",
+        autocompletion=cli_complete.hosts,
+    ),
+]
 
-_MANAGER_S = 120.0
-"""Longest order to a guest manager: a start manufactures the vTPM first."""
+_LOCAL_S = 10.0
 _TENANT_COLUMNS = ("tenant", "host", "may see")
-_GUEST_COLUMNS = ("guest", "name", "tenant", "host", "state", "registered")
+_HOST_COLUMNS = ("host", "name", "where")
 
 
 # --- tenants ----------------------------------------------------------------------------------------------
 
 
-@tenant_app.command("add", epilog=examples("harness provider tenant add carol --ca carol-ca.pem"))
+@tenant_app.command(
+    "add", epilog=examples('harness provider tenant add carol --ca carol-ca.pem --reason "contract 4711"')
+)
 def tenant_add(
-    name: TenantName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tenant's name.")],
     ca: Annotated[Path, typer.Option(metavar="FILE", help="Certificate (PEM) of the tenant's own authority.")],
+    reason: OptionalReason = None,
     lab: Lab = None,
 ) -> None:
     """Onboard a tenant: certificates of its authority are listened to from now on."""
     site = cli_site.site_of(lab)
     pem = cli_site.read_file(ca, "--ca").decode("ascii", "replace")
-    cli_site.as_provider(site, lambda operator: operator.add_tenant(name, pem))
+    cli_site.as_provider(site, lambda operator: operator.add_tenant(name, pem, reason))
 
 
 @tenant_app.command(
@@ -59,7 +70,8 @@ def tenant_allow(
     name: TenantName,
     pcrs: Annotated[str, typer.Option(metavar="LIST", help="PCRs, such as 0-7,14.")] = "0-15",
     bank: Annotated[str, typer.Option(metavar="NAME", help="sha256, sha384 or sha512.")] = "sha256",
-    host: Host = None,
+    host: HostName = None,
+    reason: OptionalReason = None,
     lab: Lab = None,
 ) -> None:
     """Set what a tenant may see of a host; it replaces what was allowed before."""
@@ -68,7 +80,7 @@ def tenant_allow(
     allowlist = _selection(bank, pcrs)
 
     async def allow(operator: ProviderOperator) -> None:
-        await operator.allow(name, await _host_id(operator, host_name), allowlist)
+        await operator.allow(name, await cli_provider_guest.announced(operator, host_name), allowlist, reason)
 
     cli_site.as_provider(site, allow)
 
@@ -78,145 +90,128 @@ def tenant_list(lab: Lab = None, as_json: AsJson = False) -> None:
     """List the tenants with their allowlists."""
     tenants = cli_site.as_provider(cli_site.site_of(lab), lambda operator: operator.tenants())
     if as_json:
-        cli_show.show(tenants, _tenant_row, _TENANT_COLUMNS, as_json=True, empty="")
+        cli_show.show(tenants, lambda _: (), _TENANT_COLUMNS, as_json=True, empty="")
         return
     rows: list[Mapping[str, Any]] = [
         {"name": tenant["name"], "host": host, "banks": banks}
         for tenant in tenants
         for host, banks in (tenant["allowlists"] or {"-": {}}).items()
     ]
-    cli_show.show(rows, _tenant_row, _TENANT_COLUMNS, as_json=False, empty="no tenants")
+    short = cli_show.shortener(row["host"] for row in rows)
+
+    def row(tenant: Mapping[str, Any]) -> tuple[str, ...]:
+        banks = tenant.get("banks") or {}
+        seen = "; ".join(f"{bank}: {cli_policy_view.ranges(pcrs)}" for bank, pcrs in banks.items())
+        return tenant["name"], short(tenant["host"]), seen or "nothing"
+
+    cli_show.show(rows, row, _TENANT_COLUMNS, as_json=False, empty="no tenants")
 
 
-@tenant_app.command("remove", epilog=examples("harness provider tenant remove carol"))
-def tenant_remove(name: TenantName, lab: Lab = None) -> None:
+@tenant_app.command("remove", epilog=examples('harness provider tenant remove carol --reason "contract ended"'))
+def tenant_remove(name: TenantName, reason: OptionalReason = None, lab: Lab = None) -> None:
     """Remove a tenant that has no guests; its certificates are refused from now on."""
-    cli_site.as_provider(cli_site.site_of(lab), lambda operator: operator.remove_tenant(name))
+    cli_site.as_provider(cli_site.site_of(lab), lambda operator: operator.remove_tenant(name, reason))
 
 
-# --- guests -----------------------------------------------------------------------------------------------
+# --- hosts ------------------------------------------------------------------------------------------------
 
 
-@guest_app.command(
-    "define",
-    epilog=examples(
-        "harness provider guest define web1 --tenant alice",
-        "harness provider guest define web2 --tenant alice --scenario guest-tampered-kernel --json",
-    ),
-)
-def guest_define(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name for people.")],
-    tenant: Annotated[str, typer.Option("--tenant", envvar="HARNESS_TENANT", metavar="NAME", help="Whose it is.")],
-    scenario: Annotated[str, typer.Option(metavar="NAME", help="What it boots, by name or file.")] = "guest-good",
-    agent_id: Annotated[
-        str | None, typer.Option("--uuid", metavar="UUID", help="Its UUID (default: a new one).")
-    ] = None,
-    host: Host = None,
-    lab: Lab = None,
-    as_json: AsJson = False,
-) -> None:
-    """Define a guest with a vTPM on a host, with an image of its tenant; `start` manufactures the vTPM.
+@host_app.command("list", epilog=examples("harness provider host list", "harness provider host list --json"))
+def host_list(lab: Lab = None, as_json: AsJson = False) -> None:
+    """List the hosts, with the id of the TPM that a host's agent announces in place of the known one, if it does."""
+    hosts = cli_site.as_provider(cli_site.site_of(lab), lambda operator: operator.hosts())
+    short = cli_show.shortener(host[name] for host in hosts for name in ("host_id", "replacement") if host.get(name))
 
-    Prints the guest's UUID.
-    """
-    import uuid
+    def row(host: Mapping[str, Any]) -> tuple[str, ...]:
+        other = host.get("replacement")
+        where = cli_show.text(host.get("url")) + (f"; announces another TPM: {short(other)}" if other else "")
+        return short(host["host_id"]), cli_show.text(host.get("name")), where
 
-    from harness.console import print_json
-    from harness.lab_plan import GuestPlan
-    from harness.lab_site import write_image
-    from harness.values import AgentId as Id
-
-    site = cli_site.site_of(lab)
-    host_name, at = cli_site.host_of(site, host)
-    cli_site.tenant_of(site, tenant)
-    chosen = Id(cli_site.parse_id(agent_id, "--uuid") if agent_id else uuid.uuid4())
-    plan = GuestPlan(agent_id=chosen, name=name, tenant=tenant, scenario=scenario)
-
-    async def define(operator: ProviderOperator) -> None:
-        await operator.define_guest(chosen, tenant, await _host_id(operator, host_name), name)
-        image = write_image(site, plan, host_name)
-        order = {"uuid": str(chosen), "name": name, "scenario": scenario, "agent_config": str(image)}
-        await _order(at, "define", **order)
-
-    cli_site.as_provider(site, define)
-    if as_json:
-        print_json({"agent_id": str(chosen), "name": name, "tenant": tenant, "host": host_name})
-    else:
-        print(chosen)
+    cli_show.show(hosts, row, _HOST_COLUMNS, as_json=as_json, empty="no host has announced itself")
 
 
-@guest_app.command("start", epilog=examples("harness provider guest start web1"))
-def guest_start(guest: Guest, lab: Lab = None) -> None:
-    """Start a guest; the first start manufactures its vTPM with certificates signed in the hardware TPM."""
-    _on_manager(cli_site.site_of(lab), guest, "start")
-
-
-@guest_app.command("stop", epilog=examples("harness provider guest stop web1"))
-def guest_stop(guest: Guest, lab: Lab = None) -> None:
-    """Stop a guest; its vTPM keeps its state."""
-    _on_manager(cli_site.site_of(lab), guest, "stop")
-
-
-@guest_app.command("list", epilog=examples("harness provider guest list"))
-def guest_list(lab: Lab = None, as_json: AsJson = False) -> None:
-    """List the guests with their owners and what their hosts report."""
-    guests = cli_site.as_provider(cli_site.site_of(lab), lambda operator: operator.guests())
-    cli_show.show(guests, _guest_row, _GUEST_COLUMNS, as_json=as_json, empty="no guests")
-
-
-@guest_app.command("remove", epilog=examples("harness provider guest remove web1"))
-def guest_remove(guest: Guest, lab: Lab = None) -> None:
-    """Stop a guest, destroy its vTPM and its image, and forget whose it was."""
-    site = cli_site.site_of(lab)
+@host_app.command("remove", epilog=examples('harness provider host remove 3c5d7a0e --reason "taken out of service"'))
+def host_remove(host: Host, reason: Reason, lab: Lab = None) -> None:
+    """Forget a host on which no guest is defined, with what tenants may see of it."""
 
     async def remove(operator: ProviderOperator) -> None:
-        agent_id, at = await _find(operator, site, guest)
-        await _order(at, "undefine", uuid=str(agent_id))
-        await operator.remove_guest(agent_id)
+        await operator.remove_host(await _host(operator, host), reason)
 
-    cli_site.as_provider(site, remove)
+    cli_site.as_provider(cli_site.site_of(lab), remove)
+
+
+@host_app.command(
+    "replace",
+    epilog=examples('harness provider host replace 3c5d7a0e 9b1f0c2d --reason "TPM replaced, ticket 4711"'),
+)
+def host_replace(
+    old: Annotated[str, typer.Argument(metavar="OLD_HOST_ID", help="The host's id with its former TPM.")],
+    new: Annotated[str, typer.Argument(metavar="NEW_HOST_ID", help="The id that it has with the new one.")],
+    reason: Reason,
+    lab: Lab = None,
+) -> None:
+    """Let a host whose TPM was replaced keep its guests, and what tenants may see of it, under its new id.
+
+    Each tenant decides for itself whether it trusts the new TPM: `harness tenant host add`, then `guest re-enrol` with
+    --host for each of its guests.
+    """
+
+    async def replace(operator: ProviderOperator) -> None:
+        await operator.replace_host(await _host(operator, old), await _host(operator, new), reason)
+
+    cli_site.as_provider(cli_site.site_of(lab), replace)
+
+
+# --- audit ------------------------------------------------------------------------------------------------
+
+
+@app.command("audit", epilog=examples("harness provider audit", "harness provider audit --json"))
+def audit(lab: Lab = None, as_json: AsJson = False) -> None:
+    """Show what operators have changed at the registrar and on the hosts, when and why, oldest first.
+
+    Exits 1 when a host does not answer; it is named on standard error.
+    """
+    site = cli_site.site_of(lab)
+    silent: list[str] = []
+
+    async def trail(operator: ProviderOperator) -> list[Mapping[str, Any]]:
+        from harness.console import say
+
+        entries = [{"service": "registrar", **entry} for entry in await operator.audit()]
+        for name, host in site.hosts.items():
+            try:
+                entries += [{"service": name, **entry} for entry in await _on_host(host.local_socket)]
+            except HarnessError as error:
+                silent.append(name)
+                say(f"harness: the audit trail of {name} cannot be read: {error.detail}")
+        return sorted(entries, key=lambda entry: entry.get("at") or 0.0)
+
+    show_audit(cli_site.as_provider(site, trail), as_json=as_json)
+    raise typer.Exit(1 if silent else 0)
+
+
+async def _on_host(local_socket: Path | None) -> list[Mapping[str, Any]]:
+    from harness.unix_client import ask
+
+    if local_socket is None:
+        return []
+    answer = await ask(local_socket, {"op": "audit"}, deadline_s=_LOCAL_S)
+    entries = answer.get("entries")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 # --- helpers ----------------------------------------------------------------------------------------------
 
 
-def _on_manager(site: SiteSettings, guest: str, order: str) -> None:
-    async def run(operator: ProviderOperator) -> None:
-        agent_id, at = await _find(operator, site, guest)
-        await _order(at, order, uuid=str(agent_id))
-
-    cli_site.as_provider(site, run)
-
-
-async def _order(host: HostSite, order: str, **members: str) -> None:
-    from harness.unix_client import ask
-
-    await ask(host.guest_manager, {"op": order, **members}, deadline_s=_MANAGER_S)
-
-
-async def _find(operator: ProviderOperator, site: SiteSettings, guest: str) -> tuple[AgentId, HostSite]:
-    """A guest by UUID or name, and the host that it is defined on."""
-    from harness.errors import NotFound
-    from harness.values import parse_agent_id
-
-    found = [entry for entry in await operator.guests() if guest in (entry["agent_id"], entry["name"])]
-    if not found:
-        raise NotFound(f"no guest {guest}; `harness provider guest list` shows them all")
-    if len(found) > 1:
-        raise ConfigError(f"several guests are called {guest}; name one by its UUID")
-    hosts = {entry["host_id"]: entry["name"] for entry in await operator.hosts()}
-    _, at = cli_site.host_of(site, hosts.get(found[0]["host_id"]))
-    return parse_agent_id(found[0]["agent_id"]), at
-
-
-async def _host_id(operator: ProviderOperator, name: str) -> HostId:
-    from harness.errors import NotFound
+async def _host(operator: ProviderOperator, text: str) -> HostId:
     from harness.values import parse_host_id
 
-    for entry in await operator.hosts():
-        if entry["name"] == name:
-            return parse_host_id(entry["host_id"])
-    raise NotFound(f"host {name} has not announced itself yet")
+    if cli_names.is_id(text):
+        return parse_host_id(text)
+    hosts = await operator.hosts()
+    names = {str(host["host_id"]): str(host.get("name")) for host in hosts}
+    known = {*names, *(str(host["replacement"]) for host in hosts if host.get("replacement"))}
+    return parse_host_id(cli_names.pick(text, known, names, what="host", listing="harness provider host list"))
 
 
 def _selection(bank: str, pcrs: str) -> PcrSelection:
@@ -236,24 +231,3 @@ def _selection(bank: str, pcrs: str) -> PcrSelection:
     if not selection.banks:
         raise ConfigError(f"--pcrs {pcrs}: names no PCR")
     return selection
-
-
-def _tenant_row(tenant: Mapping[str, Any]) -> tuple[str, ...]:
-    banks = tenant.get("banks") or {}
-    seen = "; ".join(f"{bank}: {_ranges(pcrs)}" for bank, pcrs in banks.items())
-    return tenant["name"], cli_show.text(tenant.get("host")), seen or "nothing"
-
-
-def _ranges(pcrs: list[int]) -> str:
-    """PCRs as `--pcrs` takes them, such as 0-7,14."""
-    firsts = [pcr for pcr in pcrs if pcr - 1 not in pcrs]
-    lasts = [pcr for pcr in pcrs if pcr + 1 not in pcrs]
-    return ",".join(
-        str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True)
-    )
-
-
-def _guest_row(guest: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(
-        cli_show.text(guest.get(name)) for name in ("agent_id", "name", "tenant", "host_id", "state", "registered")
-    )

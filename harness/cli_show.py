@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Entry = Mapping[str, Any]
+_WIDE = 100
+_SHORTEST = 8
+_MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
 
 def show(
@@ -67,4 +70,45 @@ def time(seconds: object) -> str:
     """Seconds since the epoch as a date and time in UTC."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         return "-"
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def ago(seconds: object, now: float) -> str:
+    """Seconds since the epoch as people say them, such as ``12 s ago``; what is no time is ``never``."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        return "never"
+    age = now - seconds
+    if age < -1:
+        return f"in {_duration(-age)}"
+    return f"{_duration(max(0.0, age))} ago"
+
+
+def _duration(age: float) -> str:
+    for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
+        if age >= 2 * unit:
+            return f"{age / unit:.0f} {name}"
+    return f"{age:.0f} s"
+
+
+def is_wide() -> bool:
+    """Whether there is room for complete ids; there is in a pipe."""
+    from harness.console import console
+
+    return console().width >= _WIDE
+
+
+def shortener(ids: Iterable[object], *, wide: bool | None = None) -> Callable[[object], str]:
+    """How ids are shown in a table: as they are where there is room, else as their first characters.
+
+    Args:
+        ids: all that the table shows; their short forms are different.
+        wide: whether there is room; None: as the terminal is.
+    """
+    if is_wide() if wide is None else wide:
+        return text
+    known = {str(each) for each in ids if each is not None}
+    longest = max((len(each) for each in known), default=0)
+    size = next(
+        (size for size in range(_SHORTEST, longest) if len({each[:size] for each in known}) == len(known)), longest
+    )
+    return lambda value: text(value) if value is None else str(value)[: max(size, _SHORTEST)]

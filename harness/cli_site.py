@@ -7,12 +7,13 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.errors import ConfigError
+from harness import cli_names
+from harness.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
     import uuid
@@ -20,22 +21,33 @@ if TYPE_CHECKING:
     from harness.config import HostSite, SiteSettings, TenantSite
     from harness.provider.operator import ProviderOperator
     from harness.tenant.operator import TenantOperator
+    from harness.tenant.policy import Policy
+    from harness.values import AgentId, HostId
 
 T = TypeVar("T")
 SITE_FILE = "site.yml"
+TOPOLOGY_FILE = "lab.yml"
+_START = "`harness lab up` starts one"
 
 
 def site_of(lab: Path | None) -> SiteSettings:
     """Settings of the running lab.
 
+    Args:
+        lab: as stated: its folder or its topology file; None: the topology file in the current folder.
+
     Raises:
-        ConfigError: no lab is stated, or its file cannot be used.
+        ConfigError: no lab is stated, none was started there, or its file cannot be used.
     """
     from harness import config
+    from harness.lab_topology import folder_of
 
-    if lab is None:
-        raise ConfigError("which lab? give its folder with --lab DIR or HARNESS_LAB; `harness demo --keep` starts one")
-    return config.load(lab / SITE_FILE, config.SiteSettings)
+    if lab is None and not Path(TOPOLOGY_FILE).is_file():
+        raise ConfigError(f"which lab? give its folder or {TOPOLOGY_FILE} with --lab or HARNESS_LAB; {_START}")
+    folder = folder_of(lab or Path(TOPOLOGY_FILE))
+    if not (folder / SITE_FILE).is_file():
+        raise ConfigError(f"{folder}: holds no lab that was started; {_START}")
+    return config.load(folder / SITE_FILE, config.SiteSettings)
 
 
 def tenant_of(site: SiteSettings, name: str | None) -> TenantSite:
@@ -70,8 +82,28 @@ def as_tenant(tenant: TenantSite, act: Callable[[TenantOperator], Awaitable[T]])
     """Result of what a tenant's operator does."""
 
     async def run() -> T:
-        async with _tenant_operator(tenant) as operator:
+        async with tenant_operator(tenant) as operator:
             return await act(operator)
+
+    return _run(run())
+
+
+def as_tenants(
+    tenants: Mapping[str, TenantSite], act: Callable[[str, TenantOperator], Awaitable[T]]
+) -> dict[str, T | HarnessError]:
+    """Results of what the operators of several tenants do at once; an error of one does not touch the others."""
+    import asyncio
+
+    async def run() -> dict[str, T | HarnessError]:
+        results = await asyncio.gather(*(one(name) for name in tenants))
+        return dict(zip(tenants, results, strict=True))
+
+    async def one(name: str) -> T | HarnessError:
+        try:
+            async with tenant_operator(tenants[name]) as operator:
+                return await act(name, operator)
+        except HarnessError as error:
+            return error
 
     return _run(run())
 
@@ -92,7 +124,8 @@ def as_provider(site: SiteSettings, act: Callable[[ProviderOperator], Awaitable[
 
 
 @asynccontextmanager
-async def _tenant_operator(tenant: TenantSite) -> AsyncIterator[TenantOperator]:
+async def tenant_operator(tenant: TenantSite) -> AsyncIterator[TenantOperator]:
+    """The tenant's operator, connected to both services with the certificate from the site."""
     from harness.peer import PeerClient
     from harness.pki import Role
     from harness.tenant.operator import TenantOperator
@@ -123,6 +156,53 @@ def parse_id(text: str, what: str) -> uuid.UUID:
         return parse_uuid(text, what)
     except MalformedMessage as error:
         raise ConfigError(error.detail) from None
+
+
+async def guest_of(site: SiteSettings, operator: TenantOperator, text: str, *, stated: bool = True) -> AgentId:
+    """A tenant's guest from what was typed: an id, the beginning of one, or a name.
+
+    Args:
+        site: knows the names.
+        operator: knows the guests that the tenant has stated.
+        text: as typed.
+        stated: whether it must be one of those, unless its id is complete; else any guest of the lab will do.
+
+    Raises:
+        NotFound, ConfigError: it fits none, or several (`cli_names.pick`).
+        HarnessError: the registrar does not answer.
+    """
+    from harness.values import parse_agent_id
+
+    if cli_names.is_id(text):
+        return parse_agent_id(text)
+    names = cli_names.guest_names(site)
+    known = [str(guest["agent_id"]) for guest in await operator.stated()] if stated else list(names)
+    listing = "harness tenant guest list" if stated else "harness provider guest list"
+    return parse_agent_id(cli_names.pick(text, known, names, what="guest", listing=listing))
+
+
+async def enrolled_host(operator: TenantOperator, text: str) -> HostId:
+    """A tenant's host from its id, or the beginning of it. Raises as `guest_of`."""
+    from harness.values import parse_host_id
+
+    known = [] if cli_names.is_id(text) else [str(host["host_id"]) for host in await operator.hosts()]
+    return parse_host_id(cli_names.pick(text, known, {}, what="host", listing="harness tenant host list"))
+
+
+def read_policy(path: Path) -> Policy:
+    """Reference values from a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no policy; names the file.
+    """
+    from harness import config
+    from harness.errors import MalformedMessage
+    from harness.tenant.policy import parse_policy
+
+    try:
+        return parse_policy(config.read_yaml(path))
+    except MalformedMessage as error:
+        raise ConfigError(f"{path}: {error.detail}") from None
 
 
 def read_file(path: Path, what: str) -> bytes:

@@ -22,6 +22,7 @@ from harness.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _PIPE_WIDTH = 200
 
@@ -88,28 +89,37 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
 
     Args:
         columns: headings.
-        rows: cells as text, shown as they are; a cell that starts with ``ok`` or ``missing`` is coloured.
+        rows: cells as text, shown as they are; a cell that starts with a word of `_GOOD` or `_BAD` is coloured.
         empty: the sentence to print when there are no rows.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     if not rows:
         print(empty)
         return
     out = console()
-    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, header_style="bold")
+    out.print(table_of(columns, rows, boxed=out.is_terminal))
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], *, boxed: bool) -> Table:
+    """A table that rich can draw: cells are text, and the words that say how something stands are coloured."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD if boxed else None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-    out.print(table)
+    return table
+
+
+_GOOD = frozenset({"ok", "accepted", "yes"})
+_BAD = frozenset({"missing", "refused", "no", "differs", "FAILED", "INVALID_QUOTE", "TENANT_FAILED"})
 
 
 def _style(cell: str) -> str:
     word = cell.split(" ")[0]
-    return {"ok": "green", "accepted": "green", "missing": "bold red", "refused": "bold red"}.get(word, "")
+    return "green" if word in _GOOD else "bold red" if word in _BAD else ""
 
 
 @contextlib.contextmanager

@@ -38,10 +38,11 @@ class ProviderOperator:
         """All tenants with their allowlists."""
         return _list(await self._registrar.get("/v1/tenants"), "tenants")
 
-    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection) -> None:
+    async def allow(self, tenant: str, host_id: HostId, allowlist: PcrSelection, reason: str | None = None) -> None:
         """Sets the PCRs that a tenant may see on a host. Raises NotFound for an unknown tenant."""
         banks = {bank.text: list(pcrs_in(mask)) for bank, mask in allowlist.banks}
-        await self._registrar.put(f"/v1/tenants/{tenant}/allowlists/{host_id}", banks)
+        path = f"/v1/tenants/{tenant}/allowlists/{host_id}"
+        await self._registrar.call("PUT", path, params=_reasoned(reason), body=banks)
 
     async def hosts(self) -> list[Mapping[str, Any]]:
         """Hosts whose agents have announced themselves."""
@@ -78,8 +79,11 @@ class ProviderOperator:
         return _list(await self._registrar.get("/v1/audit"), "entries")
 
     async def _delete(self, path: str, reason: str | None) -> None:
-        params = [] if reason is None else [("reason", reason)]
-        await self._registrar.call("DELETE", path, params=params)
+        await self._registrar.call("DELETE", path, params=_reasoned(reason))
+
+
+def _reasoned(reason: str | None) -> list[tuple[str, str]]:
+    return [] if reason is None else [("reason", reason)]
 
 
 def _list(value: object, name: str) -> list[Mapping[str, Any]]:

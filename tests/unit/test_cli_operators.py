@@ -2,124 +2,77 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from harness import cli, cli_exit, cli_show, cli_site, config
+from harness import cli_show
 from harness.errors import CertificateRefused, NotFound
-
-HOST_ID = "3c5d7a0e-1f0b-8a4c-9d2e-5b6f7a8c9d0e"
-AGENT_ID = "6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5b"
-POLICY = {"sha256": {"0": ["00" * 32]}}
-HOST = {"host_id": HOST_ID, "url": "https://provider", "enrolled_at": 0, "baseline": {"reset_count": 3}}
-GUEST = {
-    "agent_id": AGENT_ID,
-    "host_id": HOST_ID,
-    "state": "active",
-    "refused": None,
-    "attestation": {"state": "FAILED", "attested": False, "payload_released": False, "error": "GuestNotHere"},
-}
-
-
-class Operator:
-    """An operator of either side that writes down what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.refusal: Exception | None = None
-        self.guest_now: dict[str, Any] = GUEST
-        self.allowlist = [0, 7]
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        answers: dict[str, Any] = {
-            "hosts": [{**HOST, "name": "host1"}],
-            "host": HOST,
-            "add_host": [HOST],
-            "guests": [{**self.guest_now, "name": "web1", "tenant": "alice", "registered": True}],
-            "guest": self.guest_now,
-            "alarms": [],
-            "tenants": [{"name": "alice", "allowlists": {HOST_ID: {"sha256": self.allowlist}}}],
-        }
-
-        async def call(*arguments: Any, **named: Any) -> Any:
-            self.asked.append((name, *arguments, *named.values()))
-            if self.refusal is not None:
-                raise self.refusal
-            return answers.get(name)
-
-        return call
+from harness.lab_topology import EXAMPLE
+from tests.support.cli_operators import (
+    AGENT_ID,
+    GUEST,
+    HOST_ID,
+    POLICY,
+    Operator,
+    alice,
+    in_place_of_operators,
+    make_lab,
+    run,
+)
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
-    """A folder that describes a lab with one host and two tenants."""
-    policy = tmp_path / "policy.json"
-    policy.write_text(json.dumps(POLICY))
-    tls = config.TlsSettings(certificate=tmp_path / "c.pem", key=tmp_path / "k.pem", authorities={})
-    tenant = config.TenantSite(
-        registrar="https://tenant:1",
-        verifier="https://tenant:2",
-        provider_verifier="https://provider:2",
-        operator=tls,
-        guest_policy=policy,
-        host_policy=policy,
-    )
-    host = config.HostSite(
-        agent="https://host:1",
-        guest_manager=tmp_path / "g",
-        guests=tmp_path / "guests",
-        hardware_control=tmp_path / "c",
-        tpm_socket=tmp_path / "t",
-    )
-    provider = config.ProviderSite(registrar="https://provider:1", verifier="https://provider:2", operator=tls)
-    site = config.SiteSettings(
-        pki=tmp_path, provider=provider, hosts={"host1": host}, tenants={"alice": tenant, "bob": tenant}
-    )
-    config.dump(site, tmp_path / cli_site.SITE_FILE)
-    return tmp_path
+    """A lab with one host and two tenants."""
+    return make_lab(tmp_path)
 
 
 @pytest.fixture
 def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
     """The operator that every command gets instead of connections."""
     fake = Operator()
-
-    def act(_whose: object, act: Callable[[Any], Awaitable[Any]]) -> Any:
-        async def run() -> Any:
-            return await act(fake)
-
-        return asyncio.run(run())
-
-    monkeypatch.setattr(cli_site, "as_tenant", act)
-    monkeypatch.setattr(cli_site, "as_provider", act)
-    monkeypatch.delenv("HARNESS_TENANT", raising=False)
-    monkeypatch.delenv("HARNESS_LAB", raising=False)
+    in_place_of_operators(monkeypatch, fake)
     return fake
-
-
-def run(*words: str) -> int:
-    """Exit code of a command line."""
-    return cli_exit.guarded(lambda: cli.app(list(words), prog_name="harness"))
-
-
-def alice(lab: Path, *words: str) -> int:
-    """Exit code of a command of alice's operator."""
-    return run("tenant", *words, "--lab", str(lab), "--tenant", "alice")
 
 
 # --- which lab, which tenant, which host ------------------------------------------------------------------
 
 
-def test_without_a_lab_the_way_to_one_is_said(operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """No --lab and no HARNESS_LAB is unusable input, and nothing is asked."""
+def test_without_a_lab_the_way_to_one_is_said(
+    operator: Operator, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No --lab, no HARNESS_LAB and no lab.yml here is unusable input, and nothing is asked."""
+    monkeypatch.chdir(tmp_path)
     assert run("tenant", "host", "list") == 2
-    assert "which lab? give its folder with --lab DIR or HARNESS_LAB" in capsys.readouterr().err
+    assert "which lab? give its folder or lab.yml with --lab or HARNESS_LAB; `harness lab up` starts one" in (
+        capsys.readouterr().err
+    )
     assert operator.asked == []
+
+
+def test_a_lab_that_was_never_started_is_named(
+    tmp_path: Path, operator: Operator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without a site is unusable input; the sentence says how a lab is started."""
+    assert run("tenant", "host", "list", "--lab", str(tmp_path)) == 2
+    assert f"{tmp_path}: holds no lab that was started; `harness lab up` starts one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stated", ["folder", "file", "folder of the file", "here"])
+def test_a_lab_is_its_folder_or_its_topology_file(
+    lab: Path, operator: Operator, stated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--lab takes the lab's folder, its lab.yml or the folder of that; without it lab.yml is used when it is here."""
+    home = lab / "home"
+    home.mkdir()
+    (home / "lab.yml").write_text(EXAMPLE + f"\nfolder: {lab}\n")
+    monkeypatch.chdir(home if stated == "here" else lab)
+    option = {"folder": lab, "file": home / "lab.yml", "folder of the file": home}.get(stated)
+    words = ["tenant", "host", "list", "--tenant", "alice"]
+    assert run(*words, *(["--lab", str(option)] if option else [])) == 0
+    assert operator.asked == [("hosts",)]
 
 
 @pytest.mark.parametrize(
@@ -127,10 +80,10 @@ def test_without_a_lab_the_way_to_one_is_said(operator: Operator, capsys: pytest
     [
         (["tenant", "host", "list"], "which tenant? give --tenant NAME or HARNESS_TENANT: alice, bob"),
         (["tenant", "host", "list", "--tenant", "mallory"], "--tenant mallory: this lab has alice, bob"),
-        (["tenant", "host", "show", "x", "--tenant", "alice"], "HOST_ID must be a UUID"),
-        (["tenant", "guest", "show", AGENT_ID.upper(), "--tenant", "alice"], "AGENT_ID must be a UUID"),
+        (["tenant", "host", "show", "x", "--tenant", "alice"], "no host x; `harness tenant host list` shows them all"),
+        (["tenant", "guest", "show", AGENT_ID.upper(), "--tenant", "alice"], "no guest 6F1D2C3B"),
         (["tenant", "guest", "add", AGENT_ID, "--tenant", "alice", "--payload", "/none"], "--payload /none"),
-        (["tenant", "guest", "add", AGENT_ID, "--tenant", "alice", "--host", "x"], "--host must be a UUID"),
+        (["tenant", "guest", "add", AGENT_ID, "--tenant", "alice", "--host", "x"], "no host x"),
         (["provider", "tenant", "add", "carol", "--ca", "/none"], "--ca /none: cannot be read"),
         (["provider", "tenant", "allow", "alice", "--pcrs", "0-x"], "--pcrs 0-x: must be a list"),
         (["provider", "tenant", "allow", "alice", "--pcrs", "24"], "--pcrs 24: must be a list"),
@@ -148,7 +101,7 @@ def test_bad_input_is_named_and_asks_nobody(
     """An argument that cannot be used ends with 2 and a sentence that names it; nothing was changed anywhere."""
     assert run(*words, "--lab", str(lab)) == 2
     assert said in capsys.readouterr().err
-    assert [asked for asked in operator.asked if asked[0] != "hosts"] == []
+    assert {asked[0] for asked in operator.asked} <= {"hosts", "stated"}
 
 
 def test_the_environment_names_lab_and_tenant(lab: Path, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,21 +191,21 @@ def test_each_command_asks_for_one_thing(lab: Path, operator: Operator, words: l
 def test_what_a_tenant_may_see_is_read_as_a_list(lab: Path, operator: Operator) -> None:
     """`allow` reads single PCRs and ranges and asks for the host by its name."""
     assert run("provider", "tenant", "allow", "carol", "--pcrs", "0-2,14", "--bank", "sha384", "--lab", str(lab)) == 0
-    name, host_id, allowlist = operator.asked[-1][1:]
+    name, host_id, allowlist = operator.asked[-1][1:4]
     assert (name, str(host_id)) == ("carol", HOST_ID)
     assert [(bank.text, mask) for bank, mask in allowlist.banks] == [("sha384", 0b100000000000111)]
 
 
-def test_an_unknown_guest_is_a_finding(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """A guest that the provider does not know ends with 1 and the way to the list."""
-    assert run("provider", "guest", "start", "nobody", "--lab", str(lab)) == 1
+def test_an_unknown_guest_is_unusable_input(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest that the provider does not know ends with 2 and the way to the list."""
+    assert run("provider", "guest", "start", "nobody", "--lab", str(lab)) == 2
     assert "no guest nobody; `harness provider guest list` shows them all" in capsys.readouterr().err
 
 
-def test_what_a_service_does_not_know_is_a_finding(lab: Path, operator: Operator) -> None:
-    """A record that does not exist is 1, not an unusable input."""
+def test_what_a_service_does_not_know_is_unusable_input(lab: Path, operator: Operator) -> None:
+    """An id that was typed and does not exist is 2."""
     operator.refusal = NotFound("no host")
-    assert alice(lab, "host", "show", HOST_ID) == 1
+    assert alice(lab, "host", "show", HOST_ID) == 2
 
 
 # --- what is printed --------------------------------------------------------------------------------------
@@ -293,5 +246,5 @@ def test_values_are_shown_as_people_read_them(value: object, shown: str) -> None
 
 def test_times_are_shown_in_utc() -> None:
     """A time is a date in UTC; what is no time is a dash."""
-    assert cli_show.time(0) == "1970-01-01T00:00:00+00:00"
+    assert cli_show.time(0) == "1970-01-01T00:00:00Z"
     assert cli_show.time(None) == cli_show.time(True) == "-"

@@ -50,7 +50,8 @@ def problem_with_harness(words: list[str]) -> str | None:
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
     known = {name for param in command.params for name in param.opts} | {"--help"}  # type: ignore[attr-defined]
-    if getattr(command, "commands", None) and not all(word.startswith("--") for word in words):
+    alone = getattr(command, "invoke_without_command", True)
+    if not alone and not all(word.startswith("--") for word in words):
         return f"no command {words[0]}"
     unknown = [word for word in words if word.startswith("--") and word not in known]
     return f"no option {unknown[0]}" if unknown else None
