@@ -79,11 +79,17 @@ class Batcher:
         self._work = asyncio.Event()
         self._stopped = False
         self._batch_s = 0.0  # what the last batch took: the unit of retry_after_s
+        self._begun_s: float | None = None  # of the batch in work
 
     @property
     def waiting(self) -> int:
         """Requests that have not been answered yet."""
         return len(self._answers)
+
+    @property
+    def working_s(self) -> float:
+        """Seconds since the batch in work was taken; 0 between batches."""
+        return 0.0 if self._begun_s is None else self._around.clock.monotonic() - self._begun_s
 
     # --- waiters ------------------------------------------------------------------------------------------------
 
@@ -180,7 +186,9 @@ class Batcher:
                 if self._bounds.linger_s > 0 and not self._stopped:
                     await self._around.clock.sleep(self._bounds.linger_s)
                 if self._pools and not self._stopped:
+                    self._begun_s = self._around.clock.monotonic()
                     await self._serve(self._take())
+                    self._begun_s = None
         finally:
             self.stop()
 

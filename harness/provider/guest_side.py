@@ -15,14 +15,17 @@ import datetime
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from harness.attest import Public
+from harness.audit import AuditEntry
 from harness.config import HostAgentSettings
 from harness.errors import ConfigError, GuestNotHere, NotReady
+from harness.health import Health, check_database
 from harness.provider import scratch
 from harness.provider.guests import GuestCache, SocketGuestSource
 from harness.provider.journal import Journal
@@ -31,12 +34,20 @@ from harness.provider.local_socket import LocalSocket
 from harness.provider.residency import GuestResidency
 from harness.provider.tables import HOST_SCHEMA, HostBase
 from harness.provider.vtpm_ca import VtpmCa
-from harness.store import open_store
+from harness.store import Store, open_store
 from harness.values import AgentId
 
 COMPONENT = "host-agent"
 CA_FILE = "vtpm-ca.der"
 _RENEW = datetime.timedelta(days=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRecords:
+    """The host agent's database, and the journal in it."""
+
+    store: Store
+    journal: Journal
 
 
 class GuestParts:
@@ -47,15 +58,22 @@ class GuestParts:
         residency: which guests run here.
         local_socket: for swtpm_setup's tool and the guest manager.
         ca_certificate: self-signed, DER.
+        records: of this host.
     """
 
     def __init__(
-        self, cache: GuestCache, residency: GuestResidency, local_socket: LocalSocket, ca_certificate: bytes
+        self,
+        cache: GuestCache,
+        residency: GuestResidency,
+        local_socket: LocalSocket,
+        ca_certificate: bytes,
+        records: HostRecords,
     ) -> None:
         self._cache = cache
         self._residency = residency
         self._local_socket = local_socket
         self._ca_certificate = ca_certificate
+        self._records = records
 
     @property
     def ca_certificate(self) -> bytes:
@@ -73,6 +91,19 @@ class GuestParts:
     async def changed(self) -> None:
         """See `GuestCache.changed`. *Cancellation:* nothing is lost."""
         await self._cache.changed()
+
+    def add_checks(self, health: Health) -> None:
+        """Adds database and guest manager. Without the guest manager the host is attested, and no guest."""
+
+        async def manager() -> None:
+            self._cache.domains()
+
+        health.check("database", lambda: check_database(self._records.store))
+        health.check("guest manager", manager, vital=False)
+
+    async def keep_audit(self, entry: AuditEntry) -> None:
+        """See `Journal.keep`. *Cancellation:* it is kept or not."""
+        await self._records.journal.keep(entry)
 
     async def run(self) -> None:
         """Follows the guest manager and serves the local socket.
@@ -108,7 +139,7 @@ async def open_guest_side(settings: HostAgentSettings, keys: HostKeys) -> AsyncI
         ca = VtpmCa(keys.identity.ca, keys.sign_certificate, journal, cache, host=settings.name)
         local_socket = LocalSocket(settings.local_socket, settings.peer_uids, ca, residency, journal)
         certificate = await _ca_certificate(settings.state_dir / CA_FILE, ca, keys.identity.ca)
-        yield GuestParts(cache, residency, local_socket, certificate)
+        yield GuestParts(cache, residency, local_socket, certificate, HostRecords(store=store, journal=journal))
     finally:
         await store.close()
 

@@ -21,7 +21,9 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol
 
 from harness import events
+from harness.audit import AuditEntry
 from harness.config import HostAgentSettings
+from harness.health import Health
 from harness.peer import PeerClient
 from harness.pki import Role
 from harness.provider.announcement import keep_announced
@@ -46,6 +48,12 @@ class GuestSide(Residency, Protocol):
 
     async def changed(self) -> None:
         """Returns at the next change of what `report` gives."""
+
+    def add_checks(self, health: Health) -> None:
+        """Adds its checks to the health of the service."""
+
+    async def keep_audit(self, entry: AuditEntry) -> None:
+        """Keeps an entry in the audit trail of this host. Raises StoreError when it cannot."""
 
     async def run(self) -> None:
         """Watches the guests and serves the local socket. *Cancellation:* stops in order."""
@@ -87,7 +95,11 @@ class HostAgent:
             keys = await HostKeys.provision(tpm, settings.state_dir, ak=settings.ak)
             guests = await stack.enter_async_context(self._open_guest_side(settings, keys))
             quoting = Quoting(keys, guests, settings.batch, guests.ca_certificate)
-            app = application("host-agent", quoting.routes, identities_of(settings.tls))
+            health = Health()
+            quoting.add_checks(health)
+            guests.add_checks(health)
+            identities = identities_of(settings.tls)
+            app = application("host-agent", quoting.routes, identities, health=health, audit=guests.keep_audit)
             server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
             stack.push_async_callback(quoting.stop)
             events.emit("ready", host_id=str(keys.identity.host_id), url=server.url, ak=settings.ak)

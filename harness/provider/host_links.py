@@ -87,6 +87,10 @@ class HostLinks:
             raise NotReady("this host is not connected now")
         return entry.link
 
+    def states(self) -> dict[str, str]:
+        """By host: ``ok`` while its link is open, else why it is not."""
+        return {str(host_id): entry.link.state for host_id, entry in self._entries.items()}
+
 
 def over_tls(tls: TlsSettings, clients: AsyncExitStack) -> Callable[[str], Connect]:
     """Connects to host agents over mutual TLS.

@@ -14,27 +14,44 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 from harness import events
 from harness.config import ProviderVerifierSettings
 from harness.errors import ProtocolError, StoreError
+from harness.health import Health
+from harness.own_certificate import Audit, to_events
 from harness.provider.admission import Admission, Load, Snapshot
 from harness.provider.authorities import TenantAuthorities
 from harness.provider.host_links import HostLinks, over_tls
 from harness.provider.proxy_routes import Proxy
-from harness.provider.registrar_store import load_snapshot
+from harness.provider.registrar_store import RegistrarStore, load_snapshot
 from harness.provider.tables import SCHEMA, Base
 from harness.store import open_store
 from harness.tls import identities_of
 from harness.web import application, serve
 
-OpenRecords = Callable[[str], AbstractAsyncContextManager[Load]]
-"""Opens the provider's database at a URL; gives what reads a snapshot of it."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What the provider verifier needs of the provider's database.
+
+    Args:
+        load: reads a snapshot.
+        audit: keeps an entry of the audit trail.
+    """
+
+    load: Load
+    audit: Audit = to_events
+
+
+OpenRecords = Callable[[str], AbstractAsyncContextManager[Records]]
+"""Opens the provider's database at a URL."""
 
 
 @asynccontextmanager
-async def open_records(url: str) -> AsyncIterator[Load]:
-    """Opens the provider registrar's database for reading snapshots.
+async def open_records(url: str) -> AsyncIterator[Records]:
+    """Opens the provider registrar's database.
 
     Raises:
         StoreError: it cannot be opened, or a newer program has written it.
@@ -50,9 +67,19 @@ async def open_records(url: str) -> AsyncIterator[Load]:
             raise StoreError(f"the provider's database holds a row that is not understood: {error.detail}") from error
 
     try:
-        yield load
+        yield Records(load=load, audit=RegistrarStore(store).record)
     finally:
         await store.close()
+
+
+def _health(admission: Admission, links: HostLinks) -> Health:
+    async def fresh() -> None:
+        admission.current()
+
+    health = Health()
+    health.check("records", fresh)
+    health.parts("host", links.states)  # the guests of the others are attested all the same
+    return health
 
 
 class ProviderVerifier:
@@ -81,7 +108,7 @@ class ProviderVerifier:
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
-            load = await stack.enter_async_context(self._open_records(settings.database))
+            records = await stack.enter_async_context(self._open_records(settings.database))
             clients = await stack.enter_async_context(AsyncExitStack())
             links = HostLinks(over_tls(settings.tls, clients))
             followers: list[Callable[[Snapshot], None]] = [lambda snapshot: links.follow(snapshot.hosts)]
@@ -90,9 +117,16 @@ class ProviderVerifier:
                 for follow in followers:
                     follow(snapshot)
 
-            admission = Admission(load, changed=changed)
+            admission = Admission(records.load, changed=changed)
             identities = identities_of(settings.tls)
-            app = application("provider-verifier", Proxy(admission, links).routes, identities)
+            proxy = Proxy(admission, links)
+            app = application(
+                "provider-verifier",
+                proxy.routes,
+                identities,
+                health=_health(admission, links),
+                audit=records.audit,
+            )
             server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
             await stack.enter_async_context(links)  # left before the server is: its waiters are answered
             tenants = TenantAuthorities(identities, server.context)

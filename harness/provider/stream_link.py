@@ -36,6 +36,7 @@ from harness.errors import (
     ShuttingDown,
     TransportError,
 )
+from harness.health import OK
 from harness.provider.batch import PendingQuote
 from harness.provider.clock import Clock, SystemClock
 from harness.provider.stream import (
@@ -108,6 +109,11 @@ class HostLink:
         self._fault = "not tried yet"
         self._closed = False
 
+    @property
+    def state(self) -> str:
+        """``ok`` while the host agent is connected, else why it is not."""
+        return OK if self._outbox is not None else f"not connected: {self._fault}"
+
     # --- orders -----------------------------------------------------------------------------------------------------
 
     async def quote(self, pending: PendingQuote) -> Results:
@@ -145,7 +151,7 @@ class HostLink:
 
     async def _open_outbox(self) -> asyncio.Queue[str]:
         if self._closed:
-            raise ShuttingDown("the provider verifier is stopping")
+            raise ShuttingDown("the host was removed, or the provider verifier is stopping")
         try:
             async with asyncio.timeout(_CONNECT_WAIT_S):
                 await self._settled.wait()
@@ -180,7 +186,7 @@ class HostLink:
         finally:
             self._closed = True
             self._settled.set()
-            self._release(lambda: ShuttingDown("the provider verifier is stopping"))
+            self._release(lambda: ShuttingDown("the host was removed, or the provider verifier is stopping"))
 
     async def _converse(self, channel: Channel) -> None:
         """Sends and receives until the connection is gone; always ends with an error."""

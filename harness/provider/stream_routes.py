@@ -18,7 +18,8 @@ from aiohttp import WSCloseCode, web
 
 from harness import events
 from harness.config import BatchSettings
-from harness.errors import MalformedMessage, MessageTooLarge, TransportError
+from harness.errors import DeviceUnavailable, MalformedMessage, MessageTooLarge, TransportError
+from harness.health import Health
 from harness.pki import Role
 from harness.provider.batch import RFC9162, TreeBuilder
 from harness.provider.batcher import Batcher, BatchReport, Residency, Surroundings
@@ -27,6 +28,9 @@ from harness.provider.keys import HostKeys
 from harness.provider.merklelib_tree import MERKLELIB
 from harness.provider.stream_host import StreamSession
 from harness.web import Route, accept_channel, peer_of
+
+HUNG_S = 15.0
+"""Longer than any chip takes for a quote of every bank; the client of the TPM is given up after twice this time."""
 
 
 class Quoting:
@@ -44,9 +48,13 @@ class Quoting:
 
     def __init__(self, keys: HostKeys, residency: Residency, batch: BatchSettings, ca_certificate: bytes) -> None:
         builder = tree_builder(batch.tree)
-        self._batcher = Batcher(keys, residency, batch, builder=builder, surroundings=Surroundings(observe=_observe))
+        self._batcher = Batcher(
+            keys, residency, batch, builder=builder, surroundings=Surroundings(observe=self._observe)
+        )
         self._desk = Desk(keys, self._batcher, ca_certificate)
         self._sessions: set[StreamSession] = set()
+        self._keys = keys
+        self._last_fault: str | None = None
 
     @property
     def routes(self) -> list[Route]:
@@ -57,6 +65,26 @@ class Quoting:
     def waiting(self) -> int:
         """Requests that have not been answered yet."""
         return self._batcher.waiting
+
+    def add_checks(self, health: Health) -> None:
+        """Adds the checks of the TPM to the health of the service."""
+        health.check("tpm", self._check_tpm)
+        health.check("last batch", self._check_last, vital=False)
+
+    async def _check_tpm(self) -> None:
+        if not self._keys.usable:
+            raise DeviceUnavailable("the TPM's client was given up; the service is about to start anew")
+        if self._batcher.working_s > HUNG_S:
+            raise DeviceUnavailable(f"the TPM has worked on one batch for more than {HUNG_S:g} s")
+
+    async def _check_last(self) -> None:
+        if self._last_fault is not None:
+            raise DeviceUnavailable(f"the last batch was not quoted: {self._last_fault}")
+
+    def _observe(self, report: BatchReport) -> None:
+        if report.requests:
+            self._last_fault = None if report.tpm_quotes else report.outcome
+        events.emit("batch", **asdict(report))
 
     async def run(self) -> None:
         """Owns the pools; ends as `Batcher.run` does.
@@ -101,7 +129,3 @@ def tree_builder(name: str) -> TreeBuilder:
     builder = {builder.name: builder for builder in (RFC9162, MERKLELIB)}[name]
     builder.build([bytes(32)])
     return builder
-
-
-def _observe(report: BatchReport) -> None:
-    events.emit("batch", **asdict(report))

@@ -21,7 +21,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from cryptography.hazmat.primitives import serialization
@@ -29,7 +29,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from harness import events
 from harness.config import GuestAgentSettings
-from harness.errors import ConfigError, MalformedMessage, NotReady
+from harness.errors import ConfigError, DeviceUnavailable, MalformedMessage, NotReady, TpmError
+from harness.health import OK, Health
 from harness.keylime_wire import encode_quote
 from harness.peer import PeerClient
 from harness.pki import Role
@@ -41,6 +42,9 @@ from harness.tenant.vtpm import GuestTpm
 from harness.tls import identities_of
 from harness.values import AgentId, parse_mask
 from harness.web import Route, application, read_object, serve
+
+if TYPE_CHECKING:
+    from harness.tpm import Tpm
 
 VERSIONS = ("2.1", "2.2", "2.3", "2.4", "2.5", "2.6")
 _NONCE = re.compile(r"[A-Za-z0-9]{1,31}")
@@ -166,6 +170,26 @@ def _base64(body: Mapping[str, Any], name: str) -> bytes:
         raise MalformedMessage(f"{name} must be base64") from None
 
 
+def _health(tpm: Tpm, registrations: Mapping[str, Registration]) -> Health:
+    async def answers() -> None:
+        try:
+            await tpm.banks()
+        except TpmError as error:
+            raise DeviceUnavailable("the vTPM does not answer") from error
+
+    def states() -> dict[str, str]:
+        found = {url: registration.status for url, registration in registrations.items()}
+        return {
+            url: OK if status.state == "active" else f"{status.state}: {status.detail or 'under way'}"
+            for url, status in found.items()
+        }
+
+    health = Health()
+    health.check("vtpm", answers)
+    health.parts("registration at", states)  # an agent that is registered already is asked by its verifier all the same
+    return health
+
+
 class GuestAgent:
     """The service.
 
@@ -200,7 +224,9 @@ class GuestAgent:
             key = await making_key
             await vtpm.vouch_for(public_pem(key))
             agent = Agent(vtpm, key, ShareBox(agent_id), settings.payload_dir)
-            app = application("guest-agent", agent.routes, identities_of(own_tls))
+            registrations: dict[str, Registration] = {}
+            health = _health(tpm, registrations)
+            app = application("guest-agent", agent.routes, identities_of(own_tls), health=health)
             server = await stack.enter_async_context(serve(app, own_tls, sock or settings.listen))
             events.emit("ready", url=server.url, agent_id=str(agent_id))
             contact = Contact(
@@ -212,7 +238,8 @@ class GuestAgent:
             ]
             async with asyncio.TaskGroup() as group:
                 for url, peer in peers:
-                    group.create_task(Registration(agent_id, vtpm, contact).run(url, peer))
+                    registration = registrations[url] = Registration(agent_id, vtpm, contact)
+                    group.create_task(registration.run(url, peer))
                 await asyncio.Event().wait()
 
     def _certificate(self) -> str:

@@ -16,15 +16,17 @@ import asyncio
 import socket
 import time
 
-from aiohttp import web
-
 from harness import events
 from harness.config import TenantVerifierSettings
+from harness.health import Health, check_database
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
-from harness.store import open_store
-from harness.tenant.agent_request import Snapshot
+from harness.store import Store, open_store
+from harness.tenant.agent_request import Contact, Snapshot
+from harness.tenant.agent_routes import agent_routes
 from harness.tenant.agents import Agents
+from harness.tenant.alarm_routes import alarm_routes
+from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.client import (
     GuestClient,
     ProviderClient,
@@ -37,10 +39,8 @@ from harness.tenant.ports import GuestPort, ProviderPort, SystemClock
 from harness.tenant.tables import SCHEMA, Base
 from harness.tenant.verifier_store import VerifierStore
 from harness.tls import certificate_requester, identities_of
-from harness.values import AgentId, parse_agent_id
-from harness.web import Route, application, read_json, serve
-
-_OPERATOR = frozenset({Role.TENANT_OPERATOR})
+from harness.values import AgentId
+from harness.web import application, serve
 
 
 class Connections:
@@ -75,6 +75,10 @@ class Connections:
         """See `harness.tenant.agents.Peers`. *Cancellation:* nothing has changed."""
         return await RegistrarClient(self._registrar).snapshot(agent_id)
 
+    async def contact(self, agent_id: AgentId) -> Contact:
+        """See `harness.tenant.agents.Peers`. *Cancellation:* nothing has changed."""
+        return await RegistrarClient(self._registrar).contact(agent_id)
+
     async def release(self, guest: GuestPort) -> None:
         """See `harness.tenant.agents.Peers`. *Cancellation:* connections are being closed all the same."""
         peer = self._guests.pop(guest, None)
@@ -87,40 +91,10 @@ class Connections:
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
 
 
-def routes_of(agents: Agents) -> list[Route]:
-    """Calls of the operator."""
-    path = r"/{version:v2\.[1-6]}/agents"
-
-    async def add(request: web.Request) -> object:
-        await agents.add(_agent_id(request), await read_json(request))
-        return {}
-
-    async def show_all(_request: web.Request) -> object:
-        return {"uuids": [str(agent_id) for agent_id in agents.ids()]}
-
-    async def show(request: web.Request) -> object:
-        return agents.view(_agent_id(request))
-
-    async def resume(request: web.Request) -> object:
-        agents.resume(_agent_id(request))
-        return {}
-
-    async def delete(request: web.Request) -> object:
-        await agents.delete(_agent_id(request))
-        return {}
-
-    return [
-        Route("GET", path, show_all, roles=_OPERATOR),
-        Route("POST", path + "/{agent_id}", add, roles=_OPERATOR),
-        Route("GET", path + "/{agent_id}", show, roles=_OPERATOR),
-        Route("DELETE", path + "/{agent_id}", delete, roles=_OPERATOR),
-        Route("PUT", path + "/{agent_id}/resume", resume, roles=_OPERATOR),
-        Route("PUT", path + "/{agent_id}/reactivate", resume, roles=_OPERATOR),
-    ]
-
-
-def _agent_id(request: web.Request) -> AgentId:
-    return parse_agent_id(request.match_info["agent_id"])
+def _health(store: Store) -> Health:
+    health = Health()
+    health.check("database", lambda: check_database(store))
+    return health
 
 
 class TenantVerifier:
@@ -152,9 +126,22 @@ class TenantVerifier:
         try:
             async with asyncio.TaskGroup() as group:
                 records = VerifierStore(store, time.time)
-                agents = Agents(records, connections, SystemClock(), requester=requester, group=group)
+                agents = Agents(
+                    records,
+                    connections,
+                    SystemClock(),
+                    requester=requester,
+                    group=group,
+                    patience_s=settings.transport_patience_s,
+                )
                 await agents.load()
-                app = application("tenant-verifier", routes_of(agents), identities_of(own_tls))
+                app = application(
+                    "tenant-verifier",
+                    [*agent_routes(agents), *alarm_routes(AlarmStore(store))],
+                    identities_of(own_tls),
+                    health=_health(store),
+                    audit=AlarmStore(store).record,
+                )
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)
                     await asyncio.Event().wait()

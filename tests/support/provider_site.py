@@ -14,6 +14,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from harness.attest import owner_qualified_name, parse_public
+from harness.audit import AuditEntry
 from harness.config import HostAgentSettings, Listen, ProviderVerifierSettings
 from harness.errors import (
     GuestNotHere,
@@ -21,13 +22,15 @@ from harness.errors import (
     NotReady,
     StoreError,
 )
+from harness.health import Health
 from harness.messages import VerifierQuery, verifier_query
+from harness.own_certificate import to_events
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
-from harness.provider.admission import Load, Snapshot
+from harness.provider.admission import Snapshot
 from harness.provider.host_agent import HostAgent
 from harness.provider.keys import HostKeys
-from harness.provider.proxy import ProviderVerifier
+from harness.provider.proxy import ProviderVerifier, Records
 from harness.provider.stream import IdentityOrder
 from harness.provider.stream_link import HostLink
 from harness.sim.boot import Scenario, reference_values
@@ -61,6 +64,15 @@ class NoGuests:
 
     async def changed(self) -> None:
         await asyncio.Event().wait()
+
+    def add_checks(self, health: Health) -> None:
+        health.check("database", self._well)
+
+    async def _well(self) -> None:
+        return None
+
+    async def keep_audit(self, entry: AuditEntry) -> None:
+        await to_events(entry)
 
     async def run(self) -> None:
         try:
@@ -103,13 +115,13 @@ class Site:
         yield self.guests
 
     @asynccontextmanager
-    async def open_records(self, _url: str) -> AsyncIterator[Load]:
+    async def open_records(self, _url: str) -> AsyncIterator[Records]:
         async def load() -> Snapshot:
             if self.fault is not None:
                 raise self.fault
             return self.records
 
-        yield load
+        yield Records(load=load)
 
     def host_agent(self, **changes: Any) -> HostAgent:
         return HostAgent(self.agent_settings(**changes), self.open_guests)
