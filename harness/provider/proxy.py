@@ -131,6 +131,7 @@ class ProviderVerifier:
             await stack.enter_async_context(links)  # left before the server is: its waiters are answered
             tenants = TenantAuthorities(identities, server.context)
             followers.append(lambda snapshot: tenants.follow(snapshot.tenants))
+            followers.append(lambda snapshot: proxy.follow(snapshot.tenants))
             await admission.refresh(0)
             events.emit("ready", url=server.url)
             await admission.run()

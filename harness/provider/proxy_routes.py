@@ -7,6 +7,7 @@ Invariants:
        requester from its key. Nothing in the request can change either.
     2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and an event.
     3. A tenant's enrolment orders in work are bounded, so that one tenant cannot keep the others from enrolling.
+    4. A tenant that is removed, or gets another authority, gets no answer to what it has asked before.
 
 Owner: the service `ProviderVerifier`.
 
@@ -15,6 +16,7 @@ Spec: DESIGN 3.1, 3.3, 3.6; docs/protocol.md (enrolment).
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from aiohttp import web
 
 from harness import events
 from harness.credential import parse_keylime_blob
-from harness.errors import HarnessError, MalformedMessage, ShareExhausted
+from harness.errors import AccessDenied, HarnessError, MalformedMessage, ShareExhausted
 from harness.messages import parse_verifier_query
 from harness.pki import Role
 from harness.provider.admission import Admission, Admitted
@@ -50,6 +52,19 @@ class Proxy:
         self._links = links
         self._enrolling: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
+        self._tenants: Mapping[str, str] = {}
+        self._in_work: dict[str, set[asyncio.Timeout]] = {}
+
+    def follow(self, tenants: Mapping[str, str]) -> None:
+        """Ends what tenants have in work that are none any more.
+
+        Args:
+            tenants: CA certificate (PEM) by tenant.
+        """
+        for name in [name for name, pem in self._tenants.items() if tenants.get(name) != pem]:
+            for leash in self._in_work.pop(name, ()):
+                leash.reschedule(asyncio.get_running_loop().time())
+        self._tenants = dict(tenants)
 
     @property
     def refusals(self) -> Mapping[str, int]:
@@ -75,7 +90,7 @@ class Proxy:
         async def call(request: web.Request) -> object:
             peer = peer_of(request)
             try:
-                return await handler(request, peer)
+                return await self._while_known(peer.authority, handler(request, peer))
             except HarnessError as error:
                 name = type(error).__name__
                 self._refusals[name] += 1
@@ -85,6 +100,20 @@ class Proxy:
                 raise
 
         return call
+
+    async def _while_known(self, tenant: str, work: Awaitable[object]) -> object:
+        try:
+            async with asyncio.timeout(None) as leash:
+                in_work = self._in_work.setdefault(tenant, set())
+                in_work.add(leash)
+                try:
+                    return await work
+                finally:
+                    in_work.discard(leash)
+        except TimeoutError as error:
+            if not leash.expired():
+                raise
+            raise AccessDenied("this tenant was removed") from error
 
     async def _verifier(self, request: web.Request, peer: Peer) -> object:
         query = parse_verifier_query(list(request.query.items()))

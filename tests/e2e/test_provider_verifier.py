@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness import protocol
 from harness.attest import parse_attest, parse_public, parse_signature, verify_signature
@@ -23,6 +24,7 @@ from harness.errors import (
     PeerUnreachable,
     SelectionNotAllowed,
     ShareExhausted,
+    ShuttingDown,
 )
 from harness.messages import VerifierQuery, verifier_query
 from harness.peer import PeerClient
@@ -36,6 +38,7 @@ from tests.support.batching import WAIT_S
 from tests.support.pendings import a_request, agent, allow
 from tests.support.provider_lab import CA_CERTIFICATE, ProviderLab, Tenant, provider_lab
 from tests.support.tpms import short_folder
+from tests.support.vtpm_host import until
 
 pytestmark = pytest.mark.needs_swtpm
 
@@ -84,8 +87,8 @@ async def test_only_the_role_of_a_tenant_verifier_may_ask_for_quotes(lab: Provid
             await caller.get("/v1/verifier", host_query(lab.host_id))
 
 
-@pytest.mark.parametrize("role", sorted(set(Role) - {Role.TENANT_REGISTRAR}))
-async def test_only_the_role_of_a_tenant_registrar_may_enrol(lab: ProviderLab, role: Role) -> None:
+@pytest.mark.parametrize("role", sorted(set(Role) - {Role.TENANT_REGISTRAR, Role.TENANT_VERIFIER}))
+async def test_only_a_tenants_registrar_or_verifier_may_enrol(lab: ProviderLab, role: Role) -> None:
     """Every call of enrolment has the same guard."""
     async with client(lab, "alice", role) as (caller, _):
         for method, path in (
@@ -130,6 +133,57 @@ async def test_a_removed_tenant_is_refused_and_a_new_one_is_served(lab: Provider
         lab.records = records
         await lab.admission.refresh(0)
         await bob.get("/v1/verifier", host_query(lab.host_id))
+
+
+@pytest.mark.parametrize("how", ["removed", "another authority"])
+async def test_what_a_removed_tenant_has_in_work_ends_at_once(lab: ProviderLab, how: str) -> None:
+    """Its waiters are refused, the others' are answered; added again it is served again."""
+    records = lab.records
+    lab.residency.gate.clear()
+    async with client(lab, "bob", Role.TENANT_VERIFIER) as (bob, _):
+        alice = Tenant(lab, "alice")
+        await bob.get("/v1/verifier", host_query(lab.host_id))
+        kept = asyncio.create_task(alice.round(agent_id=agent(1)))
+        await until(lambda: bool(lab.residency.asked))  # the TPM's turn is held by this batch
+        waiting = [asyncio.create_task(bob.get("/v1/verifier", host_query(lab.host_id))) for _ in range(3)]
+        await until(lambda: lab.quoting.waiting == 4)
+        others = {} if how == "removed" else {"bob": Authority.create("bob").certificate}
+        pems = {name: made.public_bytes(Encoding.PEM).decode() for name, made in others.items()}
+        lab.records = replace(records, tenants={"alice": lab.pki.pem("alice"), **pems})
+        await lab.admission.refresh(0)
+        async with asyncio.timeout(WAIT_S):
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {AccessDenied}
+        assert not kept.done()
+        lab.residency.gate.set()
+        assert isinstance(await kept, Accepted)
+        with pytest.raises(AccessDenied):
+            await bob.get("/v1/verifier", host_query(lab.host_id))
+        lab.records = records
+        await lab.admission.refresh(0)
+        await bob.get("/v1/verifier", host_query(lab.host_id))
+        await alice.client.close()
+
+
+async def test_a_removed_hosts_waiters_are_released_and_its_link_is_closed(lab: ProviderLab) -> None:
+    """As for one that is not there; added again, it is reached again."""
+    records = lab.records
+    lab.residency.gate.clear()
+    async with client(lab, "alice", Role.TENANT_VERIFIER) as (alice, _):
+        query = verifier_query(VerifierQuery(request=a_request(agent_id=agent(1)).request, host_id=None))
+        waiting = asyncio.create_task(alice.get("/v1/verifier", query))
+        await until(lambda: bool(lab.residency.asked))
+        lab.records = replace(records, hosts={}, allowlists={}, guests={})
+        await lab.admission.refresh(0)
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(ShuttingDown, match="removed"):
+                await waiting
+        with pytest.raises(AccessDenied):
+            await alice.get("/v1/verifier", host_query(lab.host_id))
+        lab.residency.gate.set()
+        lab.records = records
+        await lab.admission.refresh(0)
+        await alice.get("/v1/verifier", host_query(lab.host_id))
 
 
 async def test_a_tenant_cannot_take_the_providers_name(lab: ProviderLab) -> None:

@@ -173,6 +173,7 @@ async def provider_lab(
             links.follow(snapshot.hosts)
             for each in authorities:
                 each.follow(snapshot.tenants)
+            proxy.follow(snapshot.tenants)
 
         admission = Admission(load, changed=changed)
         proxy = Proxy(admission, links)
