@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from harness import __version__, cli_exit, cli_lab, cli_provider, cli_tenant
+from harness import __version__, cli_db, cli_exit, cli_lab, cli_provider, cli_tenant
 from harness.cli_help import AsJson, examples
 
 app = typer.Typer(
@@ -139,3 +139,4 @@ def doctor(as_json: AsJson = False) -> None:
 app.add_typer(cli_lab.app, name="lab")
 app.add_typer(cli_tenant.app, name="tenant")
 app.add_typer(cli_provider.app, name="provider")
+app.add_typer(cli_db.app, name="db")

@@ -10,7 +10,7 @@ Invariants:
        writing into a file that nobody can find any more.
 
 Spec: SQLite, "How To Corrupt An SQLite Database File" (2.2, 2.4: closing a descriptor of the file drops its locks, so
-the lease is on a file of its own); flock(2).
+the lease is on a file of its own); flock(2); docs/adr/0010.
 """
 
 from __future__ import annotations
