@@ -13,12 +13,13 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from harness.attest import parse_public
-from harness.errors import MalformedMessage
+from harness.errors import KeyChanged, MalformedMessage
 from harness.tenant.payload import SHARE_SIZE
 from harness.tenant.plan import HostKeys, Plan, Timing
 from harness.tenant.policy import parse_policy
@@ -83,6 +84,7 @@ class Snapshot:
         mtls_cert: the guest agent's certificate, PEM.
         host_ak, host_ak_qualified_name: the host's pinned AK.
         host_baseline, host_enrolled_at: the clock of its enrolment, and when that was.
+        ip, port: where the guest agent registered that it is reached; None in rows of the first version.
     """
 
     host_id: HostId
@@ -93,6 +95,25 @@ class Snapshot:
     host_ak_qualified_name: bytes
     host_baseline: ClockBaseline
     host_enrolled_at: float
+    ip: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contact:
+    """Where a guest agent is reached, as it registered last, and with which keys.
+
+    Args:
+        guest_ek, guest_ak: TPM2B_PUBLIC.
+        mtls_cert: PEM.
+        ip, port: None when it gave none.
+    """
+
+    guest_ek: bytes
+    guest_ak: bytes
+    mtls_cert: str
+    ip: str | None
+    port: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +134,45 @@ def parse_add_agent(body: object) -> ParsedRequest:
         raise MalformedMessage("the body must be a JSON object")
     members = dict(body)
     v = _share(members.pop("v", None))
+    return ParsedRequest(agent=_validated(members), v=v)
+
+
+def with_policies(agent: AddAgent, policies: Mapping[str, object]) -> AddAgent:
+    """The same agent with other reference values.
+
+    Args:
+        agent: as it was added.
+        policies: ``guest_policy``, ``host_policy`` or both, from a request.
+
+    Raises:
+        MalformedMessage: names the member that is wrong.
+    """
+    return _validated({**agent.model_dump(), **policies})
+
+
+def follow(agent: AddAgent, snapshot: Snapshot, contact: Contact) -> tuple[AddAgent, Snapshot] | None:
+    """Agent and snapshot with the contact that the guest registered since; None when it registered no other one.
+
+    An address that the operator gave when adding the agent stays until the guest registers another one than then.
+
+    Raises:
+        KeyChanged: it is not the guest that was added.
+        MalformedMessage: an address that is none.
+    """
+    if (contact.guest_ek, contact.guest_ak) != (snapshot.guest_ek, snapshot.guest_ak):
+        raise KeyChanged("the guest was enrolled with other keys since it was added; delete the agent and add it again")
+    known = (snapshot.ip or agent.cloudagent_ip, snapshot.port or agent.cloudagent_port)
+    now = (contact.ip or known[0], contact.port or known[1])
+    if now == known and contact.mtls_cert == snapshot.mtls_cert:
+        return None
+    if now != known:
+        agent = _validated({**agent.model_dump(), "cloudagent_ip": now[0], "cloudagent_port": now[1]})
+    return agent, replace(snapshot, mtls_cert=contact.mtls_cert, ip=now[0], port=now[1])
+
+
+def _validated(members: Mapping[str, object]) -> AddAgent:
     try:
-        return ParsedRequest(agent=AddAgent.model_validate(members), v=v)
+        return AddAgent.model_validate(members)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"

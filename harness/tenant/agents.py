@@ -1,9 +1,12 @@
-"""All agents under attestation: adds, loads, resumes and deletes their sessions, one task each.
+"""All agents under attestation: adds, loads, resumes, changes and deletes their sessions, one task each.
 
 Invariants:
     1. An agent is stored before its task starts, and its task has ended before it is forgotten.
     2. A plan is complete before anything is stored: keys, policies and intervals were checked.
     3. One agent's session cannot end another's: sessions end by cancellation only.
+    4. An operator's act is stored, with its audit entry, before it is in force.
+    5. A round under earlier reference values never counts for later ones: its session has ended before they are
+       stored, and no success is carried over.
 
 Owner: the verifier's event loop; tasks belong to the TaskGroup that is handed in.
 
@@ -13,13 +16,28 @@ Spec: DESIGN 3.8.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from harness import events
 from harness.attest import parse_public
+from harness.audit import AuditEntry
 from harness.errors import Conflict, HarnessError, NotFound
-from harness.tenant.agent_request import AddAgent, ParsedRequest, Snapshot, make_plan, parse_add_agent
+from harness.tenant.agent_request import (
+    AddAgent,
+    Contact,
+    ParsedRequest,
+    Snapshot,
+    follow,
+    make_plan,
+    parse_add_agent,
+    with_policies,
+)
+from harness.tenant.agent_view import agent_view, policy_view
+from harness.tenant.bookkeeping import finished
+from harness.tenant.followed_guest import FollowedGuest
+from harness.tenant.plan import Plan
 from harness.tenant.ports import Clock, GuestPort, Ports, Progress, ProviderPort
 from harness.tenant.session import Session
 from harness.tenant.snapshots import decode_snapshot, encode_snapshot
@@ -27,12 +45,15 @@ from harness.tenant.states import Event, State, transition
 from harness.tenant.verifier_store import StoredAgent, VerifierStore
 from harness.values import AgentId
 
+_LONGEST_START_S = 10.0
+"""Sessions of a verifier that starts begin within one interval, and within this time at most."""
+
 
 class Peers(Protocol):
     """Connections of sessions to their peers."""
 
     def guest(self, url: str, mtls_cert: str) -> GuestPort:
-        """The guest agent at this URL, with exactly this certificate."""
+        """The guest agent at this URL, with this certificate. Raises MalformedMessage where it is none."""
 
     def provider(self, url: str | None) -> ProviderPort:
         """The provider verifier at this URL."""
@@ -40,15 +61,27 @@ class Peers(Protocol):
     async def snapshot(self, agent_id: AgentId) -> Snapshot:
         """What the registrar has pinned now."""
 
+    async def contact(self, agent_id: AgentId) -> Contact:
+        """Where the guest is reached, as the registrar knows it now."""
+
     async def release(self, guest: GuestPort) -> None:
         """Closes a guest's connections."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Act:
+    """Who does something, and why."""
+
+    who: str
+    reason: str
+
+
+@dataclass(slots=True)
 class _Running:
     agent: AddAgent
+    snapshot: Snapshot
+    guest: FollowedGuest
     session: Session
-    guest: GuestPort
     task: asyncio.Task[None]
 
 
@@ -61,16 +94,25 @@ class Agents:
         clock: time for all sessions.
         requester: SHA-256 of the SubjectPublicKeyInfo of our client certificate.
         group: where session tasks live.
+        patience_s: how long a peer may be away before a session fails.
     """
 
     def __init__(
-        self, store: VerifierStore, peers: Peers, clock: Clock, *, requester: bytes, group: asyncio.TaskGroup
+        self,
+        store: VerifierStore,
+        peers: Peers,
+        clock: Clock,
+        *,
+        requester: bytes,
+        group: asyncio.TaskGroup,
+        patience_s: float = 600.0,
     ) -> None:
         self._store = store
         self._peers = peers
         self._clock = clock
         self._requester = requester
         self._group = group
+        self._patience_s = patience_s
         self._running: dict[AgentId, _Running] = {}
         self._changing: set[AgentId] = set()
 
@@ -79,7 +121,7 @@ class Agents:
         for stored in await self._store.load():
             try:
                 agent = AddAgent.model_validate_json(stored.request)
-                self._start(stored, agent, decode_snapshot(stored.snapshot))
+                self._start(stored, agent, decode_snapshot(stored.snapshot), start_within_s=_LONGEST_START_S)
             except (HarnessError, ValueError) as error:  # one bad row must not keep the others from being attested
                 events.emit("agent_not_loaded", level="error", agent_id=str(stored.agent_id), detail=str(error))
 
@@ -105,7 +147,7 @@ class Agents:
 
     async def _add(self, agent_id: AgentId, request: ParsedRequest) -> None:
         snapshot = await self._peers.snapshot(agent_id)
-        make_plan(agent_id, request.agent, snapshot, v=request.v, requester=self._requester)
+        self._plan(agent_id, request.agent, snapshot, v=request.v)
         added = transition(State.REGISTERED, Event.ADD)
         stored = StoredAgent(
             agent_id=agent_id,
@@ -119,35 +161,111 @@ class Agents:
         await self._store.add(stored)
         self._start(stored, request.agent, snapshot)
 
-    def resume(self, agent_id: AgentId) -> None:
+    async def resume(self, agent_id: AgentId, act: Act, *, accept_reboot: bool = False) -> None:
         """Lets a stopped session start anew.
+
+        Args:
+            agent_id: the agent.
+            act: whose will it is.
+            accept_reboot: the counters that check 10 refused become the baseline of their key.
 
         Raises:
             NotFound: no such agent.
-            Conflict: it is not stopped.
-        """
-        self._find(agent_id).session.resume()
+            Conflict: it is not stopped, or being changed by another call; no reboot was refused, or it was overtaken.
+            StoreError: nothing has changed.
 
-    async def delete(self, agent_id: AgentId) -> None:
+        *Cancellation:* the session was resumed, or nothing was stored.
+        """
+        session = self._find(agent_id).session
+        self._claim(agent_id)
+        try:
+            await finished(self._resume(session, self._entry("resume", agent_id, act), accept_reboot=accept_reboot))
+        finally:
+            self._changing.discard(agent_id)
+
+    async def _resume(self, session: Session, entry: AuditEntry, *, accept_reboot: bool) -> None:
+        progress, reboot = session.resumed(), session.progress.refused_reboot
+        if not accept_reboot:
+            await self._store.resume(session.plan.agent_id, progress, entry)
+        elif reboot is None:
+            raise Conflict(f"agent {session.plan.agent_id} did not stop for a reboot; resume without accepting one")
+        else:
+            await self._store.accept_reboot(session.plan.agent_id, progress, entry, reboot)
+        session.resume()
+
+    async def set_policy(self, agent_id: AgentId, policies: Mapping[str, object], act: Act) -> None:
+        """Gives an agent other reference values, in force from its next round on; a stopped session stays stopped.
+
+        The session ends and a new one takes its place. What it had reached stays, except for the time of its last
+        success, which was one under the earlier values.
+
+        Args:
+            agent_id: the agent.
+            policies: ``guest_policy``, ``host_policy`` or both.
+            act: whose will it is.
+
+        Raises:
+            NotFound: no such agent.
+            MalformedMessage: no policy, or one wider than its mask.
+            Conflict: it is being changed by another call.
+            StoreError: the earlier values are still in force.
+
+        *Cancellation:* the values were changed, or nothing was.
+        """
+        running = self._find(agent_id)
+        self._claim(agent_id)
+        try:
+            agent = with_policies(running.agent, policies)
+            plan = self._plan(agent_id, agent, running.snapshot, v=running.session.plan.v)
+            await finished(self._replace(running, agent, plan, self._entry("policy-set", agent_id, act)))
+        finally:
+            self._changing.discard(agent_id)
+
+    async def _replace(self, running: _Running, agent: AddAgent, plan: Plan, entry: AuditEntry) -> None:
+        running.task.cancel()
+        await asyncio.wait({running.task})
+        earlier = running.session
+        then = (earlier.plan, earlier.progress)
+        try:
+            # a guest that moved while its session ended has changed the request, too
+            agent = agent.model_copy(
+                update={name: getattr(running.agent, name) for name in ("cloudagent_ip", "cloudagent_port")}
+            )
+            progress = replace(earlier.progress, last_success=None)
+            await self._store.set_policy(plan.agent_id, agent.model_dump_json(), progress, entry)
+            running.agent, then = agent, (plan, progress)
+        finally:
+            running.session, running.task = self._run(running.guest, running.agent, *then)
+
+    async def delete(self, agent_id: AgentId, act: Act) -> None:
         """Ends a session and forgets the agent.
 
         Raises:
             NotFound: no such agent.
             Conflict: it is being changed by another call.
+            StoreError: the agent is still there, and its session goes on.
 
-        *Cancellation:* the session has ended; the agent may still be stored, and comes back with the next start.
+        *Cancellation:* the agent was deleted, or nothing has changed.
         """
         running = self._find(agent_id)
         self._claim(agent_id)
         try:
-            running.task.cancel()
-            await asyncio.wait({running.task})
-            running.session.delete()
-            await self._store.remove(agent_id)
-            del self._running[agent_id]
-            await self._peers.release(running.guest)
+            await finished(self._delete(running, self._entry("agent-remove", agent_id, act)))
         finally:
             self._changing.discard(agent_id)
+
+    async def _delete(self, running: _Running, entry: AuditEntry) -> None:
+        session = running.session
+        running.task.cancel()
+        await asyncio.wait({running.task})
+        try:
+            await self._store.remove(session.plan.agent_id, entry)
+        except BaseException:
+            running.session, running.task = self._run(running.guest, running.agent, session.plan, session.progress)
+            raise
+        session.delete()
+        del self._running[session.plan.agent_id]
+        await self._peers.release(running.guest.client)
 
     def ids(self) -> list[AgentId]:
         """All agents."""
@@ -160,41 +278,64 @@ class Agents:
             NotFound: no such agent.
         """
         running = self._find(agent_id)
-        agent, session, progress = running.agent, running.session, running.session.progress
-        host = session.plan.host
-        return {
-            "agent_id": str(agent_id),
-            "operational_state": session.state.value,
-            "state": session.state.name,
-            "ip": agent.cloudagent_ip,
-            "port": agent.cloudagent_port,
-            "hash_alg": agent.hash_alg,
-            "attested": session.attested(),
-            "attestation_count": progress.rounds,
-            "last_successful_attestation": progress.last_success,
-            "payload_released": progress.v_released,
-            "need_provider_quote": agent.need_provider_quote,
-            "provider_verifier": agent.provider_verifier,
-            "provider_quote_interval": agent.provider_quote_interval,
-            "host_id": None if host is None else str(host.host_id),
-            "layer": progress.layer,
-            "failed_check": progress.failed_check,
-            "error": progress.error,
-            "detail": progress.detail,
-        }
+        return agent_view(running.agent, running.session)
 
-    def _start(self, stored: StoredAgent, agent: AddAgent, snapshot: Snapshot) -> None:
-        plan = make_plan(stored.agent_id, agent, snapshot, v=stored.v, requester=self._requester)
-        guest = self._peers.guest(agent.guest_url, snapshot.mtls_cert)
+    def policy(self, agent_id: AgentId) -> dict[str, object]:
+        """Reference values of an agent, and the values that were seen.
+
+        Raises:
+            NotFound: no such agent.
+        """
+        running = self._find(agent_id)
+        return policy_view(running.agent, running.session)
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    def _start(self, stored: StoredAgent, agent: AddAgent, snapshot: Snapshot, *, start_within_s: float = 0.0) -> None:
+        agent_id = stored.agent_id
+        plan = self._plan(agent_id, agent, snapshot, v=stored.v)
+        client = self._peers.guest(agent.guest_url, snapshot.mtls_cert)
+        guest = FollowedGuest(agent_id, client, lambda: self._look(agent_id), self._clock)
+        within_s = min(start_within_s, plan.timing.quote_interval_s)
+        session, task = self._run(guest, agent, plan, stored.progress, start_within_s=within_s)
+        self._running[agent_id] = _Running(agent, snapshot, guest, session, task)
+
+    def _run(
+        self, guest: FollowedGuest, agent: AddAgent, plan: Plan, progress: Progress, *, start_within_s: float = 0.0
+    ) -> tuple[Session, asyncio.Task[None]]:
         ports = Ports(
             guest=guest,
             provider=self._peers.provider(agent.provider_verifier),
             records=self._store,
             clock=self._clock,
         )
-        session = Session(plan, ports, stored.progress)
-        task = self._group.create_task(session.run(), name=f"session {stored.agent_id}")
-        self._running[stored.agent_id] = _Running(agent, session, guest, task)
+        session = Session(plan, ports, progress, start_within_s=start_within_s)
+        return session, self._group.create_task(session.run(), name=f"session {plan.agent_id}")
+
+    async def _look(self, agent_id: AgentId) -> None:
+        """See `FollowedGuest`: follows the guest to the contact that it registered since."""
+        running = self._find(agent_id)
+        followed = follow(running.agent, running.snapshot, await self._peers.contact(agent_id))
+        if followed is None:
+            return
+        agent, snapshot = followed
+        client = self._peers.guest(agent.guest_url, snapshot.mtls_cert)
+        try:
+            await self._store.moved(agent_id, agent.model_dump_json(), encode_snapshot(snapshot))
+        except BaseException:
+            await self._peers.release(client)
+            raise
+        running.agent, running.snapshot = agent, snapshot
+        left = running.guest.switch(client)
+        events.emit("guest_moved", agent_id=str(agent_id), url=agent.guest_url)
+        await self._peers.release(left)
+
+    def _plan(self, agent_id: AgentId, agent: AddAgent, snapshot: Snapshot, *, v: bytes | None) -> Plan:
+        plan = make_plan(agent_id, agent, snapshot, v=v, requester=self._requester)
+        return replace(plan, timing=replace(plan.timing, transport_patience_s=self._patience_s))
+
+    def _entry(self, action: str, agent_id: AgentId, act: Act) -> AuditEntry:
+        return AuditEntry(at=self._clock.now(), who=act.who, action=action, subject=str(agent_id), reason=act.reason)
 
     def _find(self, agent_id: AgentId) -> _Running:
         if agent_id not in self._running:

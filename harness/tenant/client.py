@@ -26,7 +26,7 @@ from harness.keylime_wire import parse_quote
 from harness.messages import VerifierQuery, verifier_query
 from harness.peer import PeerClient
 from harness.protocol import QuoteRequest
-from harness.tenant.agent_request import Snapshot
+from harness.tenant.agent_request import Contact, Snapshot
 from harness.tenant.enrolment import HostIdentity
 from harness.tenant.ports import GuestAnswer
 from harness.values import AgentId, ClockBaseline, HashAlg, HostId, PcrSelection, parse_hex, parse_host_id
@@ -150,6 +150,24 @@ class RegistrarClient:
             host_ak_qualified_name=parse_hex(_text(host.get("ak_qualified_name"), "qualified name"), "qualified name"),
             host_baseline=parse_baseline(host.get("baseline")),
             host_enrolled_at=_number(host.get("enrolled_at"), "enrolled_at"),
+            ip=_optional_text(guest.get("ip"), "ip"),
+            port=_optional_port(guest.get("port")),
+        )
+
+    async def contact(self, agent_id: AgentId) -> Contact:
+        """Where a guest is reached now, as it registered last.
+
+        Raises: as `snapshot`.
+
+        *Cancellation:* nothing has changed.
+        """
+        guest = _object(await self._peer.get(f"/{AGENT_API}/agents/{agent_id}"))
+        return Contact(
+            guest_ek=_bytes(guest, "ek_tpm"),
+            guest_ak=_bytes(guest, "aik_tpm"),
+            mtls_cert=_text(guest.get("mtls_cert"), "mtls_cert"),
+            ip=_optional_text(guest.get("ip"), "ip"),
+            port=_optional_port(guest.get("port")),
         )
 
 
@@ -223,6 +241,16 @@ def _object(value: object) -> Mapping[str, Any]:
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise MalformedMessage(f"{what} is missing or not a string")
+    return value
+
+
+def _optional_text(value: object, what: str) -> str | None:
+    return None if value is None else _text(value, what)
+
+
+def _optional_port(value: object) -> int | None:
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 16):
+        raise MalformedMessage("port is not a port")
     return value
 
 

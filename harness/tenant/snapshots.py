@@ -39,6 +39,8 @@ def decode_snapshot(text: str) -> Snapshot:
             host_ak_qualified_name=bytes.fromhex(members["host_ak_qualified_name"]),
             host_baseline=ClockBaseline(**members["host_baseline"]),
             host_enrolled_at=members["host_enrolled_at"],
+            ip=members.get("ip"),
+            port=members.get("port"),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError("a stored snapshot cannot be read") from error

@@ -97,10 +97,11 @@ class VerifierStore:
                 )
             )
 
-    async def remove(self, agent_id: AgentId) -> None:
+    async def remove(self, agent_id: AgentId, entry: AuditEntry) -> None:
         """Forgets an agent; baselines stay, they belong to keys."""
         async with self._writing, self._store.begin() as session:
             await session.execute(delete(Agent).where(Agent.agent_id == str(agent_id)))
+            audit_store.record(session, AuditRow, entry)
 
     # --- acts of the operator, and what follows a guest ---------------------------------------------------
 

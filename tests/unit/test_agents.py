@@ -3,119 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from harness.attest import owner_qualified_name
 from harness.errors import Conflict, MalformedMessage, NotFound, NotYourGuest
-from harness.store import Store, open_store
-from harness.tenant.agent_request import Snapshot
-from harness.tenant.agents import Agents
-from harness.tenant.ports import GuestPort, ProviderPort
+from harness.store import Store
 from harness.tenant.states import State
-from harness.tenant.tables import SCHEMA, Base
-from harness.tenant.verifier_store import VerifierStore
-from harness.values import AgentId
-from tests.support.enrolment_parties import SoftVtpm
 from tests.support.manual_time import settle
-from tests.support.tenant_wire import AGENT, REQUESTER, Wire
-
-OTHER = AgentId(uuid.UUID(int=3 << 64))
-WAIT_S = 10.0
-
-
-class FakePeers:
-    """Hands out the wire's parties; the registrar knows one guest."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.released: list[GuestPort] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-        host = wire.provider.tpm
-        self.known = Snapshot(
-            host_id=wire.provider.host_id,
-            guest_ek=SoftVtpm().ek.marshal(),
-            guest_ak=wire.guest.tpm.ak.marshal(),
-            mtls_cert="pem",
-            host_ak=host.ak.marshal(),
-            host_ak_qualified_name=owner_qualified_name(host.ak),
-            host_baseline=host.baseline,
-            host_enrolled_at=1.0,
-        )
-
-    def guest(self, url: str, mtls_cert: str) -> GuestPort:
-        assert (url, mtls_cert) == ("https://127.0.0.1:9002", "pem")
-        return self.wire.guest
-
-    def provider(self, url: str | None) -> ProviderPort:
-        return self.wire.provider
-
-    async def snapshot(self, agent_id: AgentId) -> Snapshot:
-        await self.gate.wait()
-        if agent_id != AGENT:
-            raise NotFound("not registered")
-        return self.known
-
-    async def release(self, guest: GuestPort) -> None:
-        self.released.append(guest)
+from tests.support.tenant_wire import AGENT, Wire
+from tests.support.verifier_peers import ACT, OTHER, FakePeers, body, opened, until, verifier
 
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite+aiosqlite:///{tmp_path}/a.db", Base.metadata, component="tenant", version=SCHEMA)
-    try:
+    async with opened(tmp_path) as store:
         yield store
-    finally:
-        await store.close()
-
-
-@asynccontextmanager
-async def verifier(database: Store, peers: FakePeers) -> AsyncIterator[Agents]:
-    """Agents of one run of the service; their tasks end with the block."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            store = VerifierStore(database, lambda: 0.0)
-            agents = Agents(store, peers, peers.wire.time, requester=REQUESTER, group=group)
-            await agents.load()
-            yield agents
-            raise _Stop  # noqa: TRY301 - a task group ends its tasks by an exception
-    except* _Stop:
-        pass
-
-
-class _Stop(Exception):
-    """Ends a run of the service."""
-
-
-def body(wire: Wire, **changes: Any) -> dict[str, Any]:
-    guest, host = wire.guest.tpm, wire.provider.tpm
-    return {
-        "cloudagent_ip": "127.0.0.1",
-        "cloudagent_port": 9002,
-        "provider_verifier": "https://provider",
-        "need_provider_quote": False,
-        "guest_mask": "0x11",
-        "host_mask": "0x11",
-        "guest_policy": {"sha256": {"0": [guest.pcrs[0].hex()]}},
-        "host_policy": {"sha256": {"4": [host.pcrs[4].hex()]}},
-    } | changes
-
-
-async def until(agents: Agents, agent_id: AgentId, **expected: Any) -> dict[str, object]:
-    """The agent's view, once it shows what is expected."""
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            view = agents.view(agent_id)
-            if expected.items() <= view.items():
-                return view
-            await asyncio.sleep(0.005)
 
 
 async def test_an_added_agent_is_attested(database: Store) -> None:
@@ -168,13 +73,15 @@ async def test_a_deleted_agent_is_gone_for_good(database: Store) -> None:
     async with verifier(database, peers) as agents:
         await agents.add(AGENT, body(peers.wire))
         await until(agents, AGENT, attested=True)
-        await agents.delete(AGENT)
+        await agents.delete(AGENT, ACT)
         assert peers.released == [peers.wire.guest]
-        for call in (agents.view, agents.resume):
+        for call in (agents.view, agents.policy):
             with pytest.raises(NotFound):
                 call(AGENT)
         with pytest.raises(NotFound):
-            await agents.delete(AGENT)
+            await agents.resume(AGENT, ACT)
+        with pytest.raises(NotFound):
+            await agents.delete(AGENT, ACT)
     async with verifier(database, peers) as agents:
         assert agents.ids() == []
         await agents.add(AGENT, body(peers.wire))
@@ -188,6 +95,7 @@ async def test_a_restarted_verifier_goes_on(database: Store) -> None:
         await until(agents, AGENT, attested=True)
     peers.gate.clear()
     async with verifier(database, peers) as agents:
+        await peers.wire.time.advance(2.0)  # it starts within one interval, at random
         assert (await until(agents, AGENT, attestation_count=2))["attested"]
 
 
@@ -204,10 +112,10 @@ async def test_a_failure_survives_a_restart_and_is_left_by_resume_only(database:
     async with verifier(database, peers) as agents:
         view = await until(agents, AGENT, state="INVALID_QUOTE", error="ReferenceValueMismatch")
         assert not view["attested"]
-        agents.resume(AGENT)
+        await agents.resume(AGENT, ACT)
         await until(agents, AGENT, attested=True, error=None)
         with pytest.raises(Conflict):
-            agents.resume(AGENT)
+            await agents.resume(AGENT, ACT)
 
 
 async def test_a_row_that_cannot_be_read_keeps_no_other_agent_from_being_attested(database: Store) -> None:

@@ -162,7 +162,7 @@ async def test_an_agent_is_added_once_and_removed(database: Store) -> None:
     await records.add(stored())
     with pytest.raises(Conflict):
         await records.add(stored())
-    await records.remove(AGENT)
+    await records.remove(AGENT, ENTRY)
     await records.save(AGENT, Progress(state=State.FAILED))
     assert await VerifierStore(database, lambda: 0.0).load() == []
 
