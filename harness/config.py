@@ -128,14 +128,32 @@ class TenantRegistrarSettings(Settings):
     vendor_roots: Annotated[list[FilePath], Field(min_length=1)]
 
 
+class NotifySettings(Settings):
+    """Somebody who is told of alarms: where, in which form, and the authority of an https receiver.
+
+    Without ``authority`` the system's authorities vouch for it.
+    """
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$", max_length=2048)]
+    format: Literal["native", "keylime"] = "native"
+    authority: FilePath | None = None
+
+
 class TenantVerifierSettings(Settings):
-    """Tenant verifier; it fetches pinned keys from ``registrar``."""
+    """Tenant verifier; it fetches pinned keys from ``registrar``.
+
+    ``transport_patience_s`` is how long a peer may be away before a session fails. ``revocation_key`` signs Keylime's
+    notifications; made where it is missing, beside a SQLite database unless named.
+    """
 
     listen: Listen = Listen()
     tls: TlsSettings
     tenant: Name
     database: DatabaseUrl
     registrar: Url
+    transport_patience_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
+    notify: Annotated[list[NotifySettings], Field(max_length=16)] = []
+    revocation_key: FilePath | None = None
 
 
 class GuestAgentSettings(Settings):
