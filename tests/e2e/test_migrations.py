@@ -7,6 +7,7 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import sys
 import uuid
 from pathlib import Path
 
@@ -121,7 +122,7 @@ async def test_the_journal_works_on_a_database_of_schema_1(tmp_path: Path) -> No
     assert certified == await journal.seen()
     assert len(certified) == 2
     assert GUEST in certified
-    await journal.release(GUEST, "moved")
+    await journal.release(GUEST, "moved", who="uid 0")
     assert GUEST not in await journal.rsa_eks()
     await store.close()
 
@@ -248,6 +249,32 @@ async def test_a_migration_that_is_cancelled_leaves_the_old_schema(tmp_path: Pat
     assert contents(tmp_path / "t.db") == before
     await (await TENANT.open(url)).close()
     assert os.listdir(tmp_path) == ["t.db"]
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from tests.support.schemas import TENANT
+asyncio.run(TENANT.open(sys.argv[1], migrations=Path(sys.argv[2]), schema=TENANT.schema + 1))
+"""
+
+
+async def test_a_service_that_is_killed_inside_a_migration_leaves_the_old_schema(
+    database_url: str, tmp_path: Path
+) -> None:
+    """The steps before it, too, are undone by the database; the next start migrates from where it was."""
+    await (await Component("tenant", MetaData(), 1).open(database_url)).close()
+    before = await shape(database_url)
+    folder = shutil.copytree(store_schema.MIGRATIONS, tmp_path / "migrations")
+    body = '    op.execute("CREATE TABLE half_done (x INTEGER)")\n    import os\n    os.kill(os.getpid(), 9)'
+    write_revision(folder, "tenant", TENANT.schema + 1, body)
+    async with asyncio.timeout(60):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", KILLED, database_url, str(folder)), cwd=Path(__file__).parents[2]
+        )
+        assert await process.wait() == -9
+    assert await shape(database_url) == before
+    await (await TENANT.open(database_url)).close()
 
 
 async def test_services_that_start_together_migrate_once(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class TestProvider:
 
 @dataclass(slots=True, kw_only=True)
 class TenantSite:
-    """The running parts; services start and stop with `running`."""
+    """The running parts; services start and stop with `running`, on ``database`` or with a file each."""
 
     folder: Path
     pki: Pki
@@ -137,6 +137,7 @@ class TenantSite:
     tcti: str
     ek: Public
     sockets: dict[str, socket.socket] = field(default_factory=dict)
+    database: str | None = None
 
     def url(self, name: str) -> str:
         host, port = self._socket(name).getsockname()
@@ -160,7 +161,7 @@ class TenantSite:
             TenantRegistrarSettings(
                 tls=self.tls(Role.TENANT_REGISTRAR, "registrar"),
                 tenant=TENANT,
-                database=f"sqlite+aiosqlite:///{self.folder}/registrar.db",
+                database=self.database or f"sqlite+aiosqlite:///{self.folder}/registrar.db",
                 vendor_roots=[root],
             )
         )
@@ -170,7 +171,7 @@ class TenantSite:
             TenantVerifierSettings(
                 tls=self.tls(Role.TENANT_VERIFIER, "verifier"),
                 tenant=TENANT,
-                database=f"sqlite+aiosqlite:///{self.folder}/verifier.db",
+                database=self.database or f"sqlite+aiosqlite:///{self.folder}/verifier.db",
                 registrar=self.url("registrar"),
             )
         )
