@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, Strict, ValidationError, ValidationInfo
 
 from harness.errors import ConfigError
+from harness.log_file import KEEP, MAX_BYTES
 from harness.private_file import write_private
 
 _SQLITE_FILE = re.compile(r"(sqlite(?:\+[a-z]+)?:///)(?!/|:memory:|file:)(.+)")
@@ -48,6 +49,20 @@ class Settings(BaseModel):
     """Base of all settings: immutable, and nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LogSettings(Settings):
+    """Where a service writes its events, and how large that file gets; without ``file``: standard error."""
+
+    file: FilePath | None = None
+    max_bytes: Annotated[Whole, Field(ge=4096)] = MAX_BYTES
+    keep: Annotated[Whole, Field(ge=1, le=1000)] = KEEP
+
+
+class ServiceSettings(Settings):
+    """What the settings of every service have in common."""
+
+    log: LogSettings = LogSettings()
 
 
 class Listen(Settings):
@@ -84,7 +99,7 @@ class BatchSettings(Settings):
     tree: Literal["rfc9162", "merklelib"] = "rfc9162"
 
 
-class HostAgentSettings(Settings):
+class HostAgentSettings(ServiceSettings):
     """Host agent: ``tcti`` of the hardware TPM, sockets on the host, and who may use the local one (user ids)."""
 
     listen: Listen = Listen()
@@ -102,7 +117,7 @@ class HostAgentSettings(Settings):
     public_url: Url | None = None
 
 
-class ProviderVerifierSettings(Settings):
+class ProviderVerifierSettings(ServiceSettings):
     """Provider verifier; its database is the provider registrar's."""
 
     listen: Listen = Listen()
@@ -110,7 +125,7 @@ class ProviderVerifierSettings(Settings):
     database: DatabaseUrl
 
 
-class ProviderRegistrarSettings(Settings):
+class ProviderRegistrarSettings(ServiceSettings):
     """Provider registrar."""
 
     listen: Listen = Listen()
@@ -118,7 +133,7 @@ class ProviderRegistrarSettings(Settings):
     database: DatabaseUrl
 
 
-class TenantRegistrarSettings(Settings):
+class TenantRegistrarSettings(ServiceSettings):
     """Tenant registrar: ``vendor_roots`` are the TPM vendors' root certificates that the tenant pins."""
 
     listen: Listen = Listen()
@@ -139,7 +154,7 @@ class NotifySettings(Settings):
     authority: FilePath | None = None
 
 
-class TenantVerifierSettings(Settings):
+class TenantVerifierSettings(ServiceSettings):
     """Tenant verifier; it fetches pinned keys from ``registrar``.
 
     ``transport_patience_s`` is how long a peer may be away before a session fails. ``revocation_key`` signs Keylime's
@@ -156,7 +171,7 @@ class TenantVerifierSettings(Settings):
     revocation_key: FilePath | None = None
 
 
-class GuestAgentSettings(Settings):
+class GuestAgentSettings(ServiceSettings):
     """Guest agent: whose it is, its vTPM, and the registrars (tenant's and provider's) where it registers."""
 
     listen: Listen = Listen()
@@ -170,7 +185,7 @@ class GuestAgentSettings(Settings):
     payload_dir: FilePath
 
 
-class HardwareTpmSettings(Settings):
+class HardwareTpmSettings(ServiceSettings):
     """Simulated hardware TPM (`harness.sim.hardware`)."""
 
     state_dir: FilePath
@@ -182,7 +197,7 @@ class HardwareTpmSettings(Settings):
     vendor_ca: FilePath
 
 
-class GuestManagerSettings(Settings):
+class GuestManagerSettings(ServiceSettings):
     """Guest manager of the lab: its socket, the host agent's local socket, and the tool that certifies its vTPMs.
 
     ``logs`` is the folder for the guest agents' output.
@@ -196,7 +211,7 @@ class GuestManagerSettings(Settings):
     logs: FilePath
 
 
-class HostileProviderSettings(Settings):
+class HostileProviderSettings(ServiceSettings):
     """A provider that lies (`harness.attacks`): how, and what a provider has: hosts, records and power switches."""
 
     tls: TlsSettings

@@ -5,7 +5,8 @@ Experiments, the demo's report and people read them. Nonces, keys and payloads n
 Invariants:
     1. A field whose name says that it is secret is replaced, at any depth.
     2. `emit` does not raise: an event is not worth a failed request.
-    3. Warnings of libraries and their tracebacks (``logging``) become events too: the log is JSON throughout.
+    3. A file is rotated by its size, and a full disk loses lines that are counted (`log_file`).
+    4. Warnings of libraries and their tracebacks (``logging``) become events too: the log is JSON throughout.
 
 Owner: `configure` is called once per process, by a composition root; `emit` may be called from any thread.
 """
@@ -16,7 +17,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -24,36 +24,40 @@ from typing import Any
 
 import structlog
 
+from harness.log_file import LogFile, Rotation
+
 _SECRET = frozenset({"nonce", "key", "secret", "payload", "auth", "u", "v", "password", "quote", "attest"})
 _SECRET_ENDINGS = ("_nonce", "_key", "_secret", "_password", "_auth")
 _REDACTED = "(not logged)"
 _DEPTH = 6
-_STANDARD_ERROR = 2
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure(service: str, path: Path | None = None) -> None:
+def configure(
+    service: str, path: Path | None = None, *, rotation: Rotation | None = None, streams: bool = False
+) -> LogFile:
     """Sends this process's events to a file or to its standard error, marked with the service's name.
 
     Args:
         service: stands in each event.
-        path: file to append to, made with mode 0600; standard error when None.
+        path: file to append to, made with mode 0600, of this process alone; standard error when None.
+        rotation: bounds of the file.
+        streams: standard output and standard error go into the file too: tracebacks, and what libraries print.
 
     Raises:
         OSError: the file cannot be opened.
     """
-    descriptor = _STANDARD_ERROR
-    if path is not None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    file = LogFile(path, service=service, rotation=rotation, streams=streams)
     structlog.configure(
         processors=_processors(service),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=_Lines(descriptor),
+        logger_factory=_Lines(file),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
     if not any(isinstance(handler, _ToEvents) for handler in root.handlers):
         root.addHandler(_ToEvents(logging.WARNING))
+    return file
 
 
 def emit(event: str, *, level: str = "info", **fields: Any) -> None:
@@ -64,7 +68,7 @@ def emit(event: str, *, level: str = "info", **fields: Any) -> None:
         level: debug (not written), info, warning or error.
         **fields: plain data; ``exc_info=True`` adds the traceback of the exception that is being handled.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError):  # a full disk, a closed stream, a name used twice
+    with contextlib.suppress(OSError, ValueError, TypeError):  # a closed stream, a name used twice
         _logger().log(_LEVELS.get(level, logging.INFO), event, **fields)
 
 
@@ -85,20 +89,16 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Lines:
-    """Writes each line at once and whole: lines of several processes in one file do not mix.
+    """What structlog calls a logger: hands each line to the file."""
 
-    Args:
-        descriptor: of a file, open for as long as the process lives.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, file: LogFile) -> None:
+        self.file = file
 
     def __call__(self, *_: object) -> _Lines:
         return self
 
     def info(self, line: str) -> None:
-        os.write(self.descriptor, f"{line}\n".encode())
+        self.file.write(line)
 
     debug = warning = error = info
 

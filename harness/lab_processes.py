@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import select
 import signal
 import socket
+import sys
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
-from harness import serve
-from harness.errors import SimulationError
+from harness import events, serve
+from harness.errors import HarnessError, SimulationError
 
 PRELOADED = "harness.preload"
 _STOP_S = 5.0
@@ -162,12 +164,18 @@ async def _readable(descriptor: int) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Last non-empty line of a log, for an error message; says so when there is none."""
+    """Last word of a log, for an error message: what an event says in its detail, else the line itself."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return "no log"
-    return lines[-1][:500] if lines else "its log is empty"
+    if not lines:
+        return "its log is empty"
+    with contextlib.suppress(ValueError):
+        match json.loads(lines[-1]):
+            case {"detail": str(detail)}:
+                return detail[:500]
+    return lines[-1][:500]
 
 
 def _serve_in_child(service: str, config: Path, sock: socket.socket | None, log: Path) -> None:
@@ -178,4 +186,8 @@ def _serve_in_child(service: str, config: Path, sock: socket.socket | None, log:
     os.dup2(output, 2)
     os.close(output)
     parent = multiprocessing.parent_process()
-    serve.run(service, config, sock=sock, lifeline=None if parent is None else parent.sentinel)
+    try:
+        serve.run(service, config, sock=sock, lifeline=None if parent is None else parent.sentinel, log=log)
+    except HarnessError as error:  # one sentence is enough; anything else is a fault of ours, and its traceback is kept
+        events.emit("service_failed", level="error", error=type(error).__name__, detail=error.detail)
+        sys.exit(1)

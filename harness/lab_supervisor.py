@@ -74,7 +74,7 @@ class Supervisor:
         with _locked(self._folder / "run") as lock:
             await lock
             files = LabSite(short, plan)
-            events.configure("supervisor", files.log("supervisor"))
+            events.configure("supervisor", files.log("supervisor"), streams=True)
             self._supervision = Supervision(files.log)
             server = UnixServer(short / SUPERVISOR_SOCKET, self._serve)
             try:

@@ -2,20 +2,32 @@
 
 Invariants:
     1. A service is named here once, with its class and its settings; both are imported when it is asked for.
-    2. SIGTERM and SIGINT, and the end of a watched parent, cancel the service: it stops in order, within its own bound.
+    2. SIGTERM and SIGINT, and the end of a watched parent, cancel the service: it stops in order, and exits with 0.
+       What comes after the first of them changes nothing; a service that is not done in time is ended (`STOP_S`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
+import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harness.config import LogSettings
+
+
+STOP_S = 4.5
+"""Seconds for an orderly stop; every service stops within five."""
+EXIT_OVERDUE = 3
 
 
 class Service(Protocol):
@@ -60,7 +72,14 @@ def load_all() -> None:
         importlib.import_module(entry.module)
 
 
-def run(service: str, config: Path, *, sock: socket.socket | None = None, lifeline: int | None = None) -> None:
+def run(
+    service: str,
+    config: Path,
+    *,
+    sock: socket.socket | None = None,
+    lifeline: int | None = None,
+    log: Path | None = None,
+) -> None:
     """Runs a service until it is told to stop.
 
     Args:
@@ -68,37 +87,82 @@ def run(service: str, config: Path, *, sock: socket.socket | None = None, lifeli
         config: its settings file (YAML).
         sock: a bound, listening socket to serve on; else the settings say where.
         lifeline: file descriptor that becomes readable when the parent ends; the service then stops.
+        log: for events, standard output and standard error, where the settings name no file.
 
     Raises:
-        ConfigError: unknown service, unusable settings, port in use.
+        ConfigError: unknown service, unusable settings or log, port in use.
     """
     entry = (SERVICES | SIMULATION).get(service)
     if entry is None:
         raise ConfigError(f"service {service!r} is not one of {', '.join(SERVICES)}")
+    told = _Told()
     settings_module = importlib.import_module("harness.config")
-    events = importlib.import_module("harness.events")
     settings = settings_module.load(config, getattr(settings_module, entry.settings))
-    events.configure(service)
+    _log_to(service, settings.log, log)
     made = cast(Service, getattr(importlib.import_module(entry.module), entry.service)(settings))
-    asyncio.run(_until_told(made, sock, lifeline))
+    if not told.heard:
+        asyncio.run(_until_told(made, sock, told, lifeline))
 
 
-async def _until_told(service: Service, sock: socket.socket | None, lifeline: int | None) -> None:
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(service.run(sock))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
-    if lifeline is not None:
-        loop.add_reader(lifeline, _parent_ended, loop, lifeline, task)
+def _log_to(service: str, settings: LogSettings, given: Path | None) -> None:
+    events = importlib.import_module("harness.events")
+    path = settings.file or given
+    rotation = events.Rotation(max_bytes=settings.max_bytes, keep=settings.keep)
     try:
-        await asyncio.wait({task})
-    finally:
+        events.configure(service, path, rotation=rotation, streams=path is not None)
+    except OSError as error:
+        raise ConfigError(f"log.file: {path}: cannot be opened: {error.strerror}") from error
+
+
+class _Told:
+    """Whether this process has been told to stop. Its signals stay caught to the end: a second one changes nothing.
+
+    An event loop gives its signals back when it closes, and the default action would end the process in the middle of
+    its stop; so these are caught by the process.
+    """
+
+    def __init__(self) -> None:
+        self.heard = False
+        self._wake: Callable[[], object] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self.heard = True
+        if self._wake is not None:
+            self._wake()
+
+    async def wait(self, lifeline: int | None) -> None:
+        """Waits for a signal, or for the end of the parent. *Cancellation:* signals are noted all the same."""
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = functools.partial(loop.call_soon_threadsafe, told.set)
         if lifeline is not None:
-            loop.remove_reader(lifeline)
+            loop.add_reader(lifeline, told.set)
+        try:
+            if not self.heard:
+                await told.wait()
+        finally:
+            self._wake = None
+            if lifeline is not None:
+                loop.remove_reader(lifeline)
+
+
+async def _until_told(service: Service, sock: socket.socket | None, told: _Told, lifeline: int | None) -> None:
+    task = asyncio.create_task(service.run(sock))
+    telling = asyncio.create_task(told.wait(lifeline))
+    await asyncio.wait({task, telling}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=STOP_S)
+    telling.cancel()
+    if not task.done():
+        _give_up(task)
     if not task.cancelled():
         task.result()
 
 
-def _parent_ended(loop: asyncio.AbstractEventLoop, lifeline: int, task: asyncio.Task[None]) -> None:
-    loop.remove_reader(lifeline)
-    task.cancel()
+def _give_up(task: asyncio.Task[None]) -> None:
+    """Ends the process: what hangs would keep the interpreter from ending, and a supervisor from starting anew."""
+    where = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in task.get_stack()]
+    importlib.import_module("harness.events").emit("stop_overdue", level="error", after_s=STOP_S, where=where)
+    os._exit(EXIT_OVERDUE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ def log(tmp_path: Path) -> Iterator[Path]:
     root = logging.getLogger()
     before = list(root.handlers)
     path = tmp_path / "events.jsonl"
-    events.configure("host-agent", path)
+    file = events.configure("host-agent", path)
     try:
         yield path
     finally:
-        os.close(structlog.get_config()["logger_factory"].descriptor)
+        file.close()
         structlog.reset_defaults()
         for handler in set(root.handlers) - set(before):
             root.removeHandler(handler)
