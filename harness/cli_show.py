@@ -83,6 +83,16 @@ def ago(seconds: object, now: float) -> str:
     return f"{_duration(max(0.0, age))} ago"
 
 
+def when(seconds: object, *, wide: bool) -> str:
+    """Seconds since the epoch as a date and time where there is room, else as people say them."""
+    return time(seconds) if wide else ago(seconds, now())
+
+
+def now() -> float:
+    """Seconds since the epoch."""
+    return datetime.datetime.now(datetime.UTC).timestamp()
+
+
 def _duration(age: float) -> str:
     for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
         if age >= 2 * unit:

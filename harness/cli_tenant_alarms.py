@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,8 +29,10 @@ app = typer.Typer(
 
 All = Annotated[bool, typer.Option("--all", help="Also those that were acknowledged.")]
 
+_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _COLUMNS = ("id", "at", "what", "about", "detail")
 _AUDIT_COLUMNS = ("at", "service", "who", "action", "subject", "reason")
+_NARROW_AUDIT_COLUMNS = ("at", "who", "action", "subject", "reason")
 
 
 @app.callback()
@@ -98,17 +101,24 @@ def audit(tenant: Tenant = None, lab: Lab = None, as_json: AsJson = False) -> No
 
 def show_audit(entries: list[Mapping[str, Any]], *, as_json: bool) -> None:
     """Print an audit trail; each entry has the service that kept it as ``service``."""
-    short = cli_show.shortener(entry.get("subject") for entry in entries if cli_names.is_id(str(entry.get("subject"))))
+    short = cli_show.shortener(found for entry in entries for found in _ID.findall(str(entry.get("subject"))))
+
+    wide = cli_show.is_wide()
 
     def row(entry: Mapping[str, Any]) -> tuple[str, ...]:
-        subject = cli_show.text(entry.get("subject"))
-        service, who, action, reason = (
-            cli_show.text(entry.get(name)) for name in ("service", "who", "action", "reason")
-        )
-        shown = short(subject) if cli_names.is_id(subject) else subject
-        return cli_show.time(entry.get("at")), service, who, action, shown, reason
+        subject, who = cli_show.text(entry.get("subject")), cli_show.text(entry.get("who"))
+        cells = {
+            "at": cli_show.when(entry.get("at"), wide=wide),
+            "service": cli_show.text(entry.get("service")),
+            "who": who if wide else who.rpartition("/")[2],
+            "action": cli_show.text(entry.get("action")),
+            "subject": _ID.sub(lambda found: short(found[0]), subject),
+            "reason": cli_show.text(entry.get("reason")),
+        }
+        return tuple(cells[column] for column in columns)
 
-    cli_show.show(entries, row, _AUDIT_COLUMNS, as_json=as_json, empty="nothing was overruled or changed")
+    columns = _AUDIT_COLUMNS if wide else _NARROW_AUDIT_COLUMNS
+    cli_show.show(entries, row, columns, as_json=as_json, empty="nothing was overruled or changed")
 
 
 def _list(everything: bool, tenant: str | None, lab: Path | None, *, as_json: bool) -> None:
@@ -126,7 +136,7 @@ def _draw(site: SiteSettings, found: list[Mapping[str, Any]]) -> None:
     from harness.cli_advice import step_for
     from harness.console import say
 
-    names = cli_names.guest_names(site)
+    names, wide = cli_names.guest_names(site), cli_show.is_wide()
     short = cli_show.shortener(alarm.get(name) for alarm in found for name in ("agent_id", "host_id"))
 
     def about(alarm: Mapping[str, Any]) -> str:
@@ -137,7 +147,8 @@ def _draw(site: SiteSettings, found: list[Mapping[str, Any]]) -> None:
         detail = cli_show.text(alarm.get("detail"))
         if alarm.get("acknowledged_at") is not None:
             detail += f" (acknowledged by {alarm.get('acknowledged_by')}: {alarm.get('reason')})"
-        return str(alarm["id"]), cli_show.time(alarm.get("at")), cli_show.text(alarm.get("kind")), about(alarm), detail
+        at = cli_show.when(alarm.get("at"), wide=wide)
+        return str(alarm["id"]), at, cli_show.text(alarm.get("kind")), about(alarm), detail
 
     cli_show.show(found, row, _COLUMNS, as_json=False, empty="no alarms")
     waiting = [alarm for alarm in found if alarm.get("acknowledged_at") is None]

@@ -201,21 +201,23 @@ def guest_re_enrol(
         str | None, typer.Option(metavar="HOST_ID", help="Where it runs from now on (default: where it did).")
     ] = None,
     payload: Payload = None,
-    wait: Wait = 60.0,
+    wait: Wait = 120.0,
     tenant: Tenant = None,
     lab: Lab = None,
 ) -> None:
     """Forget a guest's keys, wait until it has registered with the ones that it has now, and attest it as before.
 
     Reference values, intervals and provider stay what they were; one that was not under attestation gets the site's.
-    A payload is handed over anew only with --payload: the old one was sealed for the old keys. When the guest does not
-    register in time, start it again and go on with `guest add`. Exits 1 when the registrar refuses its vTPM.
+    A payload is handed over anew only with --payload: the old one was sealed for the old keys. A guest that was refused
+    is tried again within a minute; the agent of any other one registers when it starts, so restart the guest while this
+    waits. When the wait is over go on with `guest add`. Exits 1 when the registrar refuses its vTPM.
     """
     site = cli_site.site_of(lab)
     own = cli_site.tenant_of(site, tenant)
     secret = cli_site.read_file(payload, "--payload") if payload else None
 
     async def re_enrol(operator: TenantOperator) -> None:
+        from harness.console import say
         from harness.tenant.operator import Order
 
         agent_id = await cli_site.guest_of(site, operator, guest)
@@ -227,6 +229,10 @@ def guest_re_enrol(
         await operator.re_enrol_guest(agent_id, reason, host_id=target)
         with contextlib.suppress(NotFound):
             await operator.end_attestation(agent_id, reason)
+        say(
+            f"waiting up to {wait:g} s for its agent, which registers when it starts: "
+            f"harness provider guest stop {guest}; harness provider guest start {guest}"
+        )
         await operator.admit(await operator.registered(agent_id, deadline_s=wait), order)
 
     cli_site.as_tenant(own, re_enrol)

@@ -144,7 +144,9 @@ def table(standing: Standing, names: Mapping[str, str], now: float, *, boxed: bo
             names.get(guest["agent_id"]) or short(guest["agent_id"]),
             str(guest["tenant"]),
             cli_show.text(guest["attested"]),
-            cli_show.ago(guest["last_success"], now),
+            "-"
+            if guest["last_success"] is None and guest["attestations"]
+            else cli_show.ago(guest["last_success"], now),
             cli_show.text(guest["state"]),
             (f"check {guest['failed_check']} " if guest["failed_check"] else "") + (guest["error"] or ""),
         )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PIPE_WIDTH = 200
+_GAP = 3
+_NARROWEST = 12
 
 
 class OutputGone(ConfigError):
@@ -100,14 +102,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], *, boxed: bool) -> Table:
-    """A table that rich can draw: cells are text, and the words that say how something stands are coloured."""
+    """A table that rich can draw: cells are text, and the words that say how something stands are coloured.
+
+    Where there is too little room the last column is broken into lines, and the others only when that is not enough.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    firsts = [max(len(column), *(len(row[place]) for row in rows)) for place, column in enumerate(columns[:-1])]
+    whole = sum(firsts) + _GAP * len(columns) + _NARROWEST <= console().width
     table = Table(box=box.SIMPLE_HEAD if boxed else None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=whole and column != columns[-1])
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     return table
