@@ -58,12 +58,15 @@ class VerifierStore:
     Args:
         store: the tenant's database.
         now: wall clock, for alarms.
+
+    ``alarmed`` is set whenever an alarm was stored; whoever tells of alarms clears it.
     """
 
     def __init__(self, store: Store, now: Callable[[], float]) -> None:
         self._store = store
         self._now = now
         self._writing = asyncio.Lock()
+        self.alarmed = asyncio.Event()
         self._baselines: dict[bytes, tuple[ClockBaseline, float]] = {}
 
     async def load(self) -> list[StoredAgent]:
@@ -152,6 +155,8 @@ class VerifierStore:
         async with self._writing, self._store.begin() as session:
             await _put_progress(session, agent_id, progress)
             self._add_alarm(session, alarm)
+        if alarm is not None:
+            self.alarmed.set()
 
     async def baseline(self, ak_name: bytes) -> ClockBaseline | None:
         """See `Records`."""
@@ -176,7 +181,8 @@ class VerifierStore:
                 self._add_alarm(session, alarm)
             if replaces:
                 self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
-            return replaces
+        self.alarmed.set()
+        return replaces
 
     async def enrolled(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
         """Takes the baseline of an enrolment if it is later than the one the stored baseline descends from."""
