@@ -138,7 +138,9 @@ def request_ended(transport: asyncio.BaseTransport | None) -> None:
 
 
 def _guard_of(transport: asyncio.BaseTransport | None) -> _Guard | None:
-    protocol = transport.get_protocol() if transport is not None else None
+    if transport is None or transport.is_closing():  # a TLS transport that was closed has no protocol to ask for
+        return None
+    protocol = transport.get_protocol()
     return protocol if isinstance(protocol, _Guard) else None
 
 

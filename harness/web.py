@@ -41,7 +41,7 @@ from harness.audit import AuditEntry, parse_reason
 from harness.certificate_watch import CertificateWatch
 from harness.config import Listen, TlsSettings
 from harness.door import Bounds, Door
-from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage
+from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage, ShuttingDown
 from harness.health import FAILING, Health
 from harness.messages import parse_json, success
 from harness.own_certificate import Audit, OwnCertificate, to_events
@@ -55,6 +55,10 @@ STOP_S = 1.5
 """aiohttp waits this long for running calls, and once more for what they have yet to read."""
 _BACKLOG = 512
 _BOUNDS = Bounds()
+ANSWERED_S = 1.2
+"""A call that has not ended by then is answered 503 when the server stops: before aiohttp cuts it off."""
+_CALLS: web.AppKey[set[asyncio.Timeout]] = web.AppKey("calls")
+_STOPPING: web.AppKey[asyncio.Event] = web.AppKey("stopping", asyncio.Event)
 _CHANNELS: web.AppKey[weakref.WeakKeyDictionary[web.WebSocketResponse, Peer]] = web.AppKey("channels")
 _OWN: web.AppKey[OwnCertificate] = web.AppKey("own certificate", OwnCertificate)
 _PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
@@ -137,8 +141,9 @@ def application(
         audit: keeps the entry of a renewed certificate.
     """
     app = web.Application(middlewares=[envelope], client_max_size=BODY_LIMIT)
+    app[_CALLS], app[_STOPPING] = set(), asyncio.Event()
     app[_CHANNELS] = weakref.WeakKeyDictionary()
-    app.on_shutdown.append(_close_channels)
+    app.on_shutdown.extend((_bound_calls, _close_channels))
     own = list(routes)
     taken = {(route.method, route.path) for route in own}
     common = _common_routes(service, health or Health(), audit)
@@ -193,15 +198,37 @@ def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Aw
         if peer.role not in roles or route.authority not in {None, peer.authority}:
             raise AccessDenied(f"a {peer.role.value} of {peer.authority} may not call {route.method} {route.path}")
         try:
-            async with asyncio.timeout(route.deadline_s) as deadline:
+            async with asyncio.timeout(route.deadline_s) as deadline, _known(request.app, deadline, route):
                 results = await route.handler(request)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
+            if request.app[_STOPPING].is_set():
+                raise ShuttingDown("the service is stopping") from error
             raise DeadlineExceeded(f"the call took more than {route.deadline_s} s") from error
         return results if isinstance(results, web.StreamResponse) else answer(200, success(results))
 
     return call
+
+
+@asynccontextmanager
+async def _known(app: web.Application, deadline: asyncio.Timeout, route: Route) -> AsyncIterator[None]:
+    """The call is bounded too when the server stops; a channel is closed then (`_close_channels`)."""
+    calls = app[_CALLS] if route.deadline_s is not None else set()
+    calls.add(deadline)
+    try:
+        yield
+    finally:
+        calls.discard(deadline)
+
+
+async def _bound_calls(app: web.Application) -> None:
+    app[_STOPPING].set()
+    until = asyncio.get_running_loop().time() + ANSWERED_S
+    for deadline in app[_CALLS]:
+        if not deadline.expired():
+            when = deadline.when()
+            deadline.reschedule(until if when is None else min(when, until))
 
 
 def _certificate(request: web.Request) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import HarnessError, NotReady, PeerUnreachable
+from harness.errors import NotReady, PeerUnreachable, ShuttingDown
 from harness.tenant.enrolment import SECRET_SIZE
 from tests.support.registrar_process import RegistrarSite, registrar_site
 from tests.support.service_process import STOP_S, serving
@@ -96,7 +96,7 @@ async def test_a_host_is_not_half_pinned_when_the_registrar_ends_during_its_enro
             await held.asked.wait()
         await (site.process.kill() if end == "kill" else site.process.stop())
         async with asyncio.timeout(STOP_S):
-            with pytest.raises(HarnessError):
+            with pytest.raises(PeerUnreachable if end == "kill" else ShuttingDown):
                 await adding
         held.gate.set()
         await site.process.start()

@@ -18,6 +18,7 @@ from harness.errors import (
     PeerRefusedUs,
     PeerUnreachable,
     PoolFull,
+    ShuttingDown,
 )
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
@@ -373,3 +374,16 @@ async def test_a_running_call_may_end_while_the_server_stops(pki: Pki) -> None:
             asyncio.get_running_loop().call_later(0.2, running.release.set)
         async with asyncio.timeout(WAIT_S):
             assert await call == {}
+
+
+async def test_a_call_that_does_not_end_is_answered_when_the_server_stops(pki: Pki) -> None:
+    """Whoever waits learns that the service stops, and may come again."""
+    async with PeerClient(pki.tls("alice"), "https://127.0.0.1:1", deadline_s=WAIT_S) as client:
+        async with service(pki) as running:
+            client.base_url = running.url
+            call = asyncio.create_task(client.get("/v1/wait"))
+            async with asyncio.timeout(WAIT_S):
+                await running.entered.wait()
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(ShuttingDown):
+                await call
