@@ -30,7 +30,7 @@ _START_S = 10.0
 _STOP_S = 5.0
 _FREE_S = 10.0
 _POLL_S = 0.005
-_LAST_BYTES = 4096
+_LAST_BYTES, _LAST_LINES = 4096, 2
 _GET_CAPABILITY = (1).to_bytes(4, "big")
 _RESULT_SIZE = 4
 
@@ -94,9 +94,9 @@ class SwtpmProcess:
         await self.until_free()
         for leftover in (self._socket, self.control):
             leftover.unlink(missing_ok=True)
-        command = [
-            *with_parent("TERM"),
-            swtpm,
+        setpriv = shutil.which("setpriv")
+        command = [setpriv, "--pdeathsig", "TERM", swtpm] if setpriv else [swtpm]
+        command += [
             "socket",
             "--tpm2",
             "--tpmstate",
@@ -136,7 +136,8 @@ class SwtpmProcess:
         while True:
             if process.returncode is not None:
                 raise SimulatorCrashed(
-                    f"swtpm ended at once with code {process.returncode}: {_last_line(self._log)}; see {self._log}"
+                    f"swtpm ended at once with code {process.returncode}, state {self._state_dir}: "
+                    f"{_last_words(self._log)}; see {self._log}"
                 )
             with contextlib.suppress(ConnectionError, FileNotFoundError, asyncio.IncompleteReadError):
                 await self._answered()
@@ -190,12 +191,6 @@ class SwtpmProcess:
         return await self._process.wait()
 
 
-def with_parent(number: str) -> list[str]:
-    """Start of a command that gets this signal when the thread that started it ends; empty without ``setpriv``."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", number] if setpriv else []
-
-
 def _is_locked(path: Path) -> bool:
     try:
         with path.open("r+b") as lock:
@@ -207,11 +202,11 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _last_line(log: Path) -> str:
-    """The line before the general one with which swtpm ends; for an error message."""
+def _last_words(log: Path) -> str:
+    """What swtpm said before the general line with which it ends, for an error message."""
     try:
         lines = log.read_bytes()[-_LAST_BYTES:].decode(errors="replace").strip().splitlines()
     except OSError:
         return "no log"
     telling = [line for line in lines if not line.startswith("Error: Could not initialize")]
-    return telling[-1][:200] if telling else "its log is empty"
+    return " / ".join(telling[-_LAST_LINES:])[:300] or "its log is empty"

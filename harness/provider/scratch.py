@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from harness.errors import DeviceUnavailable, MalformedMessage
+from harness.errors import DeviceUnavailable, MalformedMessage, SimulatorCrashed
 from harness.swtpm import SwtpmProcess
 from harness.tpm import Tpm
 from harness.tpm_templates import KeyTemplate
@@ -55,6 +55,9 @@ async def read_ek(state_dir: Path) -> bytes:
                     await tpm.startup()
                     await tpm.clear(by_platform=True)
                     return await _digest(tpm)
+        except SimulatorCrashed as error:
+            why = error.detail.partition("; see ")[0]  # the copy's log is gone in a moment
+            raise SimulatorCrashed(f"{state_dir / STATE}: no swtpm starts on a copy: {why}") from error
         except TimeoutError as error:
             raise DeviceUnavailable(f"the EK was not read within {_DEADLINE_S:g} s") from error
         finally:

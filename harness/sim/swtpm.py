@@ -17,19 +17,25 @@ import contextlib
 import os
 import shutil
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import SimulationError, SimulatorMissing
-from harness.swtpm import with_parent
 from harness.values import HashAlg
 
 BANKS = (HashAlg.SHA256, HashAlg.SHA384)
 """PCR banks that a TPM of the lab has allocated."""
 _SETUP_S = 60.0
 _LAST_LINES = 5
+_ENDS_WITH_US = (
+    "/bin/sh",
+    "-c",
+    'exec 3<&0 </dev/null; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec "$@" 3<&-',
+    "swtpm_setup",
+)
+"""Runs a command; when the other end of its standard input is closed, by us or by our death, its session is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +112,22 @@ def _config(create_certs: CreateCerts | None) -> str:
 
 
 async def _run(command: Sequence[str], log: Path, *, scratch: Path) -> None:
-    # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up. So must its
-    # folder for certificates, which it removes only when it ends by itself.
+    # A session of its own: swtpm_setup starts swtpm and the tool, and all three must go when we give up or end. So must
+    # its folder for certificates, which it removes only when it ends by itself.
+    lifeline, ours = os.pipe()
+    try:
+        await _run_while(lifeline, command, log, scratch)
+    finally:
+        os.close(ours)
+        os.close(lifeline)
+
+
+async def _run_while(lifeline: int, command: Sequence[str], log: Path, scratch: Path) -> None:
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
-            *with_parent("KILL"),  # its swtpm ends with it
+            *_ENDS_WITH_US,
             *command,
-            stdin=DEVNULL,
+            stdin=lifeline,
             stdout=PIPE,
             stderr=STDOUT,
             start_new_session=True,
