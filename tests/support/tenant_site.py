@@ -137,6 +137,7 @@ class TenantSite:
     tcti: str
     ek: Public
     sockets: dict[str, socket.socket] = field(default_factory=dict)
+    verifier_extra: dict[str, Any] = field(default_factory=dict)
     database: str | None = None
 
     def url(self, name: str) -> str:
@@ -173,6 +174,7 @@ class TenantSite:
                 tenant=TENANT,
                 database=self.database or f"sqlite+aiosqlite:///{self.folder}/verifier.db",
                 registrar=self.url("registrar"),
+                **self.verifier_extra,
             )
         )
 
