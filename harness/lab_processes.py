@@ -174,7 +174,7 @@ def last_line(log: Path) -> str:
     with contextlib.suppress(ValueError):
         match json.loads(lines[-1]):
             case {"detail": str(detail)}:
-                return detail[:500]
+                return "; ".join(detail.splitlines())[:500]
     return lines[-1][:500]
 
 
