@@ -33,6 +33,7 @@ def agent_view(agent: AddAgent, session: Session) -> dict[str, object]:
         "last_successful_attestation": progress.last_success,
         "next_round_at": session.next_round_at(),
         "quote_interval_s": plan.timing.quote_interval_s,
+        "allow_reboots": plan.allow_reboots,
         "payload_released": progress.v_released,
         "need_provider_quote": agent.need_provider_quote,
         "provider_verifier": agent.provider_verifier,
