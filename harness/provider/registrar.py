@@ -16,6 +16,7 @@ import asyncio
 import base64
 import re
 import socket
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -27,11 +28,11 @@ from harness.pki import Role
 from harness.provider.authorities import TenantAuthorities
 from harness.provider.hosts_store import HostStore
 from harness.provider.operator_routes import OWN_AUTHORITY, OperatorCalls, named, text
-from harness.provider.registrar_store import GuestContact, RegistrarStore, load_snapshot
+from harness.provider.registrar_store import GuestContact, RegistrarStore
 from harness.provider.replacements import Replacements
 from harness.provider.tables import SCHEMA, Base
 from harness.registration import OpenChallenges, parse_auth_tag, parse_registration
-from harness.store import Store, open_store
+from harness.store import open_store
 from harness.tls import identities_of
 from harness.values import AgentId, parse_agent_id, parse_host_id
 from harness.web import Route, application, peer_of, read_json, read_object, serve
@@ -177,23 +178,36 @@ class ProviderRegistrar:
             app = application("provider-registrar", registrar.routes, identities, health=health, audit=records.record)
             async with serve(app, settings.tls, sock or settings.listen) as server:
                 authorities = TenantAuthorities(identities, server.context)
-                authorities.follow((await load_snapshot(store)).tenants)
+                authorities.follow(await records.authorities())
                 events.emit("ready", url=server.url)
                 while True:
                     await changed.wait()
                     changed.clear()
-                    await _follow(authorities, store)
+                    await follow_tenants(authorities, records)
         finally:
             await store.close()
 
 
-async def _follow(authorities: TenantAuthorities, store: Store) -> None:
-    """Brings the server's authorities up to date, as soon as the database can be read."""
+async def follow_tenants(
+    authorities: TenantAuthorities,
+    records: RegistrarStore,
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Brings the server's authorities up to date, as soon as the database can be read.
+
+    Args:
+        authorities: of the server.
+        records: the provider's.
+        sleep: waits; tests give their own.
+
+    *Cancellation:* the authorities are the old or the new ones.
+    """
     while True:
         try:
-            authorities.follow((await load_snapshot(store)).tenants)
+            authorities.follow(await records.authorities())
         except StoreError as error:
             events.emit("tenants_not_read", level="error", detail=error.detail)
-            await asyncio.sleep(_RETRY_S)
+            await sleep(_RETRY_S)
         else:
             return

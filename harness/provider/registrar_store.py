@@ -131,6 +131,11 @@ class RegistrarStore:
                 )
             audit_store.record(session, AuditRow, act)
 
+    async def authorities(self) -> dict[str, str]:
+        """CA certificate (PEM) by tenant. *Cancellation:* nothing has happened."""
+        async with self._store.begin() as session:
+            return {row.name: row.ca_pem for row in await session.scalars(select(Tenant))}
+
     async def tenants(self) -> list[dict[str, Any]]:
         """All tenants with their allowlists."""
         async with self._store.begin() as session:
