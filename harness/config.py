@@ -172,7 +172,10 @@ class TenantVerifierSettings(ServiceSettings):
 
 
 class GuestAgentSettings(ServiceSettings):
-    """Guest agent: whose it is, its vTPM, and the registrars (tenant's and provider's) where it registers."""
+    """Guest agent: whose it is, its vTPM, and the registrars (tenant's and provider's) where it registers.
+
+    Every ``register_again_s`` seconds at most it looks whether they still know it.
+    """
 
     listen: Listen = Listen()
     tls: TlsSettings
@@ -183,6 +186,7 @@ class GuestAgentSettings(ServiceSettings):
     registrars: Annotated[list[Url], Field(min_length=1)]
     public_host: str = "127.0.0.1"
     payload_dir: FilePath
+    register_again_s: Annotated[float, Strict(), Field(ge=0.1, le=86_400)] = 30.0
 
 
 class HardwareTpmSettings(ServiceSettings):

@@ -4,6 +4,7 @@
 
     blob = challenges.open(agent_id, keys, keys.ek, keys.ak)     # POST: keys in, challenge out
     keys = challenges.answered(agent_id, auth_tag)               # PUT: the answer; keys may be recorded now
+    registration_view(...)                                       # GET .../registration: is my record what I am?
 
 Invariants:
     1. A challenge is used once, within 60 s; a wrong, late or repeated answer is one and the same error.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import hmac
 import secrets
 import time
@@ -91,6 +93,31 @@ def parse_registration(body: object) -> RegistrationRequest:
         ip=_optional_text(body, "ip"),
         port=port,
     )
+
+
+def registration_view(
+    *, ek: bytes, ak: bytes, mtls_cert: str | None, ip: str | None, port: int | None
+) -> dict[str, object]:
+    """What a registrar tells a guest agent of its record, and what the agent compares with itself: digests suffice.
+
+    Args:
+        ek: TPM2B_PUBLIC.
+        ak: TPM2B_PUBLIC.
+        mtls_cert: PEM text as it was registered.
+        ip: contact address.
+        port: contact port.
+    """
+    return {
+        "registered": True,
+        "ek_tpm": hashlib.sha256(ek).hexdigest(),
+        "aik_tpm": hashlib.sha256(ak).hexdigest(),
+        "mtls_cert": None if mtls_cert is None else hashlib.sha256(mtls_cert.encode()).hexdigest(),
+        "ip": ip,
+        "port": port,
+    }
+
+
+NOT_REGISTERED: Mapping[str, object] = {"registered": False}
 
 
 def parse_auth_tag(body: object) -> str:

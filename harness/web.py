@@ -283,10 +283,12 @@ class Server:
 
     Args:
         url: where it is reached.
+        own: its certificate.
         context: its TLS context, for `tls.trust_also`.
     """
 
     url: str
+    own: OwnCertificate
     context: ssl.SSLContext
 
 
@@ -328,7 +330,7 @@ async def serve(
         accepting = asyncio.create_task(Door(connection, context, bounds).run(listening))
         watching = asyncio.create_task(CertificateWatch(own, lambda: _close_expired(app)).run())
         try:
-            yield Server(_url(listening), context)
+            yield Server(_url(listening), own, context)
         finally:
             accepting.cancel()
             watching.cancel()

@@ -31,7 +31,7 @@ from harness.provider.operator_routes import OWN_AUTHORITY, OperatorCalls, named
 from harness.provider.registrar_store import GuestContact, RegistrarStore
 from harness.provider.replacements import Replacements
 from harness.provider.tables import SCHEMA, Base
-from harness.registration import OpenChallenges, parse_auth_tag, parse_registration
+from harness.registration import NOT_REGISTERED, OpenChallenges, parse_auth_tag, parse_registration, registration_view
 from harness.store import open_store
 from harness.tls import identities_of
 from harness.values import AgentId, parse_agent_id, parse_host_id
@@ -69,6 +69,7 @@ class Registrar:
             *self._operator.routes,
             Route("PUT", "/v1/hosts/{host_id}", self._announce, roles=_HOST_AGENT, authority=OWN_AUTHORITY),
             Route("PUT", "/v1/hosts/{host_id}/guests", self._report, roles=_HOST_AGENT, authority=OWN_AUTHORITY),
+            Route("GET", agent + "/registration", self._view, roles=_GUEST_AGENT),
             Route("POST", agent, self._register, roles=_GUEST_AGENT),
             Route("PUT", agent, self._activate, roles=_GUEST_AGENT),
             Route("PUT", agent + "/activate", self._activate, roles=_GUEST_AGENT),
@@ -97,6 +98,14 @@ class Registrar:
         return {}
 
     # --- guest agents (Keylime's protocol) ----------------------------------------------------------------
+
+    async def _view(self, request: web.Request) -> object:
+        contact = await self._store.registered(_agent_id(request), peer_of(request).authority)
+        if contact is None:
+            return NOT_REGISTERED
+        return registration_view(
+            ek=contact.ek, ak=contact.ak, mtls_cert=contact.mtls_cert, ip=contact.ip, port=contact.port
+        )
 
     async def _register(self, request: web.Request) -> object:
         agent_id, tenant = _agent_id(request), peer_of(request).authority

@@ -199,6 +199,14 @@ class RegistrarStore:
         async with self._store.begin() as session:
             await _owned(session, agent_id, tenant)
 
+    async def registered(self, agent_id: AgentId, tenant: str) -> GuestContact | None:
+        """What a guest registered; None when it did not, is unknown, or is another tenant's."""
+        async with self._store.begin() as session:
+            row = await session.get(Guest, str(agent_id))
+            if row is None or row.tenant != tenant or row.ek is None or row.ak is None:
+                return None
+            return GuestContact(ek=row.ek, ak=row.ak, ip=row.ip, port=row.port, mtls_cert=row.mtls_cert)
+
     async def check_registration(self, agent_id: AgentId, tenant: str, contact: GuestContact) -> None:
         """Checks that these keys may become this guest's.
 

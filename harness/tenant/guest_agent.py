@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from harness import events
 from harness.config import GuestAgentSettings
-from harness.errors import ConfigError, DeviceUnavailable, MalformedMessage, NotReady, TpmError
+from harness.errors import DeviceUnavailable, MalformedMessage, NotReady, TpmError
 from harness.health import OK, Health
 from harness.keylime_wire import encode_quote
 from harness.peer import PeerClient
@@ -201,7 +201,7 @@ class GuestAgent:
         self._settings = settings
 
     async def run(self, sock: socket.socket | None = None) -> None:
-        """Serves until it is cancelled, and registers at every registrar.
+        """Serves until it is cancelled, and keeps itself registered at every registrar.
 
         Args:
             sock: bound and listening; else the settings say where.
@@ -229,25 +229,22 @@ class GuestAgent:
             app = application("guest-agent", agent.routes, identities_of(own_tls), health=health)
             server = await stack.enter_async_context(serve(app, own_tls, sock or settings.listen))
             events.emit("ready", url=server.url, agent_id=str(agent_id))
-            contact = Contact(
-                ip=settings.public_host, port=_port(server.url), mtls_cert=await asyncio.to_thread(self._certificate)
-            )
+
+            def contact() -> Contact:
+                shown = server.own.certificate.public_bytes(serialization.Encoding.PEM).decode()
+                return Contact(ip=settings.public_host, port=_port(server.url), mtls_cert=shown)
+
             peers = [
                 (url, await stack.enter_async_context(PeerClient(settings.tls, url, roles=_REGISTRARS)))
                 for url in settings.registrars
             ]
             async with asyncio.TaskGroup() as group:
                 for url, peer in peers:
-                    registration = registrations[url] = Registration(agent_id, vtpm, contact)
+                    registration = registrations[url] = Registration(
+                        agent_id, vtpm, contact, again_s=settings.register_again_s
+                    )
                     group.create_task(registration.run(url, peer))
                 await asyncio.Event().wait()
-
-    def _certificate(self) -> str:
-        path = self._settings.tls.certificate
-        try:
-            return path.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read") from error
 
 
 def _port(url: str) -> int:

@@ -1,14 +1,19 @@
-"""Registers the guest agent at one registrar by Keylime's protocol, again and again until it is accepted.
+"""Registers the guest agent at one registrar by Keylime's protocol, until it is accepted, and keeps it registered.
+
+A tenant may remove a guest and state it again, a registrar's database may come from a backup, and the agent's
+certificate is renewed: the agent asks now and then what the registrar knows of it, and registers anew where that is
+something else. A registrar that does not know the question (stock Keylime's) is left alone after the first time.
 
 Invariants:
     1. A registrar is answered with the secret that the vTPM opened, never with one from elsewhere.
     2. A refusal of this vTPM's keys or certificate is final for what the agent can do: it is shown in the status, and
        tried again slowly, because only an operator can change it.
     3. Registrars are independent: one that does not answer keeps no other from being asked.
+    4. The vTPM opens a challenge only when the registrar says that its record is another one: not knowing is no reason.
 
 Owner: one task for each registrar.
 
-Spec: DESIGN 3.6; Keylime registrar API (POST, PUT /v2.x/agents/{agent_id}).
+Spec: DESIGN 3.6; Keylime registrar API (POST, PUT /v2.x/agents/{agent_id}); docs/protocol.md (.../registration).
 """
 
 from __future__ import annotations
@@ -31,16 +36,21 @@ from harness.errors import (
     UnacceptableKey,
 )
 from harness.messages import retry_after_s
+from harness.registration import registration_view
 from harness.tenant.vtpm import GuestTpm
 from harness.values import AgentId
 
 API = "v2.1"
 FINAL = (CertificateRefused, KeyChanged, UnacceptableKey, CloneSuspected)
-_FIRST_S, _LONGEST_S, _SLOW_S = 0.25, 2.0, 60.0
+AGAIN_S = 30.0
+_FIRST_S, _LONGEST_S = 0.25, 2.0
 
 
 class RegistrarPeer(Protocol):
     """The calls that a registration makes; `harness.web.PeerClient` has them."""
+
+    async def get(self, path: str) -> object:
+        """Results of a GET."""
 
     async def post(self, path: str, body: object) -> object:
         """Results of a POST."""
@@ -73,7 +83,8 @@ class Registration:
     Args:
         agent_id: the guest.
         vtpm: its keys.
-        contact: where verifiers find it.
+        contact: where verifiers find it, asked before each registration: its certificate may be renewed.
+        again_s: seconds between two looks at what the registrar knows, at most.
         sleep: waits; tests give their own.
     """
 
@@ -81,17 +92,50 @@ class Registration:
         self,
         agent_id: AgentId,
         vtpm: GuestTpm,
-        contact: Contact,
+        contact: Callable[[], Contact],
         *,
+        again_s: float = AGAIN_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._agent_id = agent_id
         self._vtpm = vtpm
         self._contact = contact
+        self._again_s = again_s
         self._sleep = sleep
         self.status = RegistrationStatus(state="pending")
 
     async def run(self, url: str, peer: RegistrarPeer) -> None:
+        """Registers, and again whenever the registrar's record is not this agent's; for ever.
+
+        *Cancellation:* as for `register`.
+        """
+        while True:
+            await self.register(url, peer)
+            known = True
+            while known:
+                await self._sleep(self._again_s * (1 + random.random()) / 2)  # noqa: S311 - jitter
+                known = await self._is_known(peer)
+            events.emit("registration", level="warning", registrar=url, state="lost", agent_id=str(self._agent_id))
+            self.status = RegistrationStatus(state="pending")
+
+    async def _is_known(self, peer: RegistrarPeer) -> bool:
+        try:
+            known = await peer.get(f"/{API}/agents/{self._agent_id}/registration")
+        except HarnessError:
+            return True  # it does not answer, or does not know the question
+        if not isinstance(known, dict) or "registered" not in known:
+            return True
+        contact = self._contact()
+        mine = registration_view(
+            ek=self._vtpm.ek.marshal(),
+            ak=self._vtpm.ak.marshal(),
+            mtls_cert=contact.mtls_cert,
+            ip=contact.ip,
+            port=contact.port,
+        )
+        return known == mine
+
+    async def register(self, url: str, peer: RegistrarPeer) -> None:
         """Registers until accepted.
 
         *Cancellation:* the registrar may hold a pending record, which it forgets.
@@ -109,7 +153,7 @@ class Registration:
                     level = "error" if final else "info"
                     events.emit("registration", level=level, registrar=url, state=shown.state, error=shown.error)
                 self.status = shown
-                await self._sleep(_SLOW_S if final else _wait_s(tries, retry_after_s(error)))
+                await self._sleep(self._again_s if final else _wait_s(tries, retry_after_s(error)))
                 tries += 1
         events.emit("registration", registrar=url, state="active", agent_id=str(self._agent_id))
 
@@ -133,13 +177,14 @@ class Registration:
         self.status = RegistrationStatus(state="active")
 
     def _keys(self) -> dict[str, object]:
+        contact = self._contact()
         return {
             "ek_tpm": _base64(self._vtpm.ek.marshal()),
             "ekcert": _base64(self._vtpm.ek_certificate),
             "aik_tpm": _base64(self._vtpm.ak.marshal()),
-            "mtls_cert": self._contact.mtls_cert,
-            "ip": self._contact.ip,
-            "port": self._contact.port,
+            "mtls_cert": contact.mtls_cert,
+            "ip": contact.ip,
+            "port": contact.port,
         }
 
 

@@ -19,7 +19,7 @@ from aiohttp import web
 from harness import events
 from harness.errors import AccessDenied, EnrolmentError, NotFound
 from harness.pki import Role
-from harness.registration import parse_auth_tag, parse_registration
+from harness.registration import NOT_REGISTERED, parse_auth_tag, parse_registration, registration_view
 from harness.tenant.enrolment_alarms import EnrolmentAlarms
 from harness.tenant.guest_enrolment import GuestEnroller
 from harness.tenant.registrar_store import GuestKeys, RegistrarStore
@@ -52,6 +52,7 @@ class GuestRegistration:
         return [
             Route("GET", AGENTS, self._list, roles=_READERS),
             Route("GET", AGENTS + "/{agent_id}", self._show, roles=_READERS),
+            Route("GET", AGENTS + "/{agent_id}/registration", self._view, roles=_GUEST_AGENT),
             Route("POST", AGENTS + "/{agent_id}", self._register, roles=_GUEST_AGENT),
             Route("PUT", AGENTS + "/{agent_id}", self._activate, roles=_GUEST_AGENT),
             Route("PUT", AGENTS + "/{agent_id}/activate", self._activate, roles=_GUEST_AGENT),
@@ -84,6 +85,16 @@ class GuestRegistration:
             "regcount": record.registrations,
             "host_id": str(record.host_id),
         }
+
+    async def _view(self, request: web.Request) -> object:
+        agent_id = _own_agent_id(request)
+        try:
+            keys = (await self._store.guest(agent_id)).keys
+        except NotFound:
+            return NOT_REGISTERED
+        if keys is None:
+            return NOT_REGISTERED
+        return registration_view(ek=keys.ek, ak=keys.ak, mtls_cert=keys.mtls_cert, ip=keys.ip, port=keys.port)
 
     async def _register(self, request: web.Request) -> object:
         agent_id = _own_agent_id(request)

@@ -96,8 +96,8 @@ class RegistrarSite:
         """The guest's agent registers, again and again until it is accepted."""
         pem = (self.folder / "pki" / TENANT / f"{Role.GUEST_AGENT.value}-{AGENT}.pem").read_text()
         contact = Contact(ip="127.0.0.1", port=9000, mtls_cert=pem)
-        registration = Registration(AGENT, self.guest, contact)  # type: ignore[arg-type]
-        task = asyncio.create_task(registration.run(self.url, self.guest_peer))
+        registration = Registration(AGENT, self.guest, lambda: contact)  # type: ignore[arg-type]
+        task = asyncio.create_task(registration.register(self.url, self.guest_peer))
         self.tasks.append(task)
         return task
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +21,12 @@ from harness.errors import (
     KeyChanged,
     MalformedMessage,
     NotFound,
+    PeerRefusedUs,
     PeerUnreachable,
     PoolFull,
 )
 from harness.keylime_wire import GuestEvidence
+from harness.registration import registration_view
 from harness.tenant.appraisal import verify_transport_key
 from harness.tenant.guest_registration import Contact, Registration
 from harness.tenant.vtpm import AK_HANDLE, EK_HANDLE, GuestTpm, cut_der
@@ -194,6 +198,14 @@ class FakeRegistrar:
         self.script = list(script)
         self.posts: list[Any] = []
         self.tags: list[str] = []
+        self.known: list[object] = []
+
+    async def get(self, path: str) -> object:
+        assert path == f"/v2.1/agents/{AGENT}/registration"
+        step = self.known.pop(0)
+        if isinstance(step, HarnessError):
+            raise step
+        return step
 
     async def post(self, path: str, body: object) -> object:
         assert path == f"/v2.1/agents/{AGENT}"
@@ -223,7 +235,7 @@ class Slept:
 
 async def registration(tpm: FakeTpm, folder: Path, slept: Slept) -> Registration:
     contact = Contact(ip="127.0.0.1", port=9002, mtls_cert="pem")
-    return Registration(AGENT, await provision(tpm, folder), contact, sleep=slept)
+    return Registration(AGENT, await provision(tpm, folder), lambda: contact, sleep=slept)
 
 
 async def test_registration_answers_with_what_the_vtpm_opened(tmp_path: Path) -> None:
@@ -231,7 +243,7 @@ async def test_registration_answers_with_what_the_vtpm_opened(tmp_path: Path) ->
     tpm, slept = FakeTpm(), Slept()
     made = await registration(tpm, tmp_path, slept)
     registrar = FakeRegistrar(tpm)
-    await made.run("https://r", registrar)
+    await made.register("https://r", registrar)
     assert registrar.tags == [keylime_auth_tag(bytes(32), str(AGENT))]
     [body] = registrar.posts
     assert body.keys() == {"ek_tpm", "ekcert", "aik_tpm", "mtls_cert", "ip", "port"}
@@ -250,7 +262,7 @@ async def test_registration_is_tried_until_it_is_accepted(tmp_path: Path) -> Non
         {"blob": "AAAA"},
         PoolFull("x", retry_after_s=9.0),
     ]
-    await made.run("https://r", FakeRegistrar(tpm, *faults))
+    await made.register("https://r", FakeRegistrar(tpm, *faults))
     assert made.status.state == "active"
     assert len(slept.waits) == 6
     assert all(wait <= 2.0 for wait in slept.waits[:5])
@@ -259,7 +271,7 @@ async def test_registration_is_tried_until_it_is_accepted(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [CertificateRefused("x"), KeyChanged("x")])
 async def test_a_refused_vtpm_is_shown_and_tried_slowly(tmp_path: Path, error: HarnessError) -> None:
-    """Only an operator can change it: the status names it, the next try is a minute away."""
+    """Only an operator can change it: the status names it, the next try is half a minute away."""
     tpm, slept = FakeTpm(), Slept()
     made = await registration(tpm, tmp_path, slept)
     states: list[Any] = []
@@ -268,6 +280,101 @@ async def test_a_refused_vtpm_is_shown_and_tried_slowly(tmp_path: Path, error: H
         states.append((made.status.state, made.status.error, seconds))
 
     made._sleep = sleep
-    await made.run("https://r", FakeRegistrar(tpm, error, error))
-    assert states == [("refused", type(error).__name__, 60.0)] * 2
+    await made.register("https://r", FakeRegistrar(tpm, error, error))
+    assert states == [("refused", type(error).__name__, 30.0)] * 2
     assert made.status.state == "active"
+
+
+# --- keeping registered -------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """An agent that was registered, with what the registrar says at its next looks."""
+
+    def __init__(self, tpm: FakeTpm, folder: Path) -> None:
+        self.tpm, self.folder = tpm, folder
+        self.registrar = FakeRegistrar(tpm)
+        self.contact = Contact(ip="127.0.0.1", port=9002, mtls_cert="pem")
+        self.waits: list[float] = []
+
+    def view(self, **changes: object) -> dict[str, object]:
+        """What a registrar that has registered this agent says, with members changed."""
+        keys = {"ek": self.tpm.keys.ek.marshal(), "ak": self.tpm.soft.ak.marshal()}
+        return registration_view(**keys, mtls_cert="pem", ip="127.0.0.1", port=9002) | changes
+
+    async def registrations(self, *known: object) -> int:
+        """How often it registers while the registrar says this, one answer at each look."""
+        self.registrar.known = list(known)
+
+        async def sleep(seconds: float) -> None:
+            self.waits.append(seconds)
+            if not self.registrar.known:
+                raise asyncio.CancelledError
+
+        made = Registration(AGENT, await provision(self.tpm, self.folder), lambda: self.contact, sleep=sleep)
+        with pytest.raises(asyncio.CancelledError):
+            await made.run("https://r", self.registrar)
+        return len(self.registrar.tags)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Kept:
+    return Kept(FakeTpm(), tmp_path)
+
+
+async def test_a_registered_agent_looks_again_and_again_and_opens_no_challenge(kept: Kept) -> None:
+    """Every half minute at most: an activation costs the vTPM more than a look costs anybody."""
+    assert await kept.registrations(kept.view(), kept.view(), kept.view()) == 1
+    assert len(kept.waits) == 4
+    assert all(15 <= wait <= 30 for wait in kept.waits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registered": False},
+        {"mtls_cert": "0" * 64},
+        {"mtls_cert": None},
+        {"aik_tpm": "0" * 64},
+        {"ek_tpm": "0" * 64},
+        {"ip": None},
+        {"port": 9003},
+    ],
+)
+async def test_an_agent_whose_record_is_another_registers_anew(kept: Kept, change: dict[str, object]) -> None:
+    """Forgotten, from a backup, or from before its certificate was renewed."""
+    assert await kept.registrations(kept.view(), kept.view(**change), kept.view()) == 2
+
+
+async def test_an_agent_whose_certificate_was_renewed_registers_it(kept: Kept) -> None:
+    """The record is compared with the certificate that is in use now."""
+    kept.contact = replace(kept.contact, mtls_cert="new")
+    assert await kept.registrations(kept.view(), kept.view(mtls_cert=hashlib.sha256(b"new").hexdigest())) == 2
+    assert [body["mtls_cert"] for body in kept.registrar.posts] == ["new", "new"]
+
+
+@pytest.mark.parametrize(
+    "answer", [PeerUnreachable("gone"), PeerRefusedUs("no such path", status=404), {}, [], None, "registered"], ids=repr
+)
+async def test_not_knowing_is_no_reason_to_register(kept: Kept, answer: object) -> None:
+    """A registrar that is away, or a stock one that does not know the question."""
+    assert await kept.registrations(answer, answer, kept.view()) == 1
+
+
+async def test_an_agent_that_is_forgotten_is_shown_as_pending_until_it_is_back(kept: Kept) -> None:
+    """Also through refusals: a guest that was removed and is stated again later."""
+    states: list[str] = []
+    made: list[Registration] = []
+
+    async def sleep(_: float) -> None:
+        states.append(made[0].status.state)
+        if len(states) == 4:
+            raise asyncio.CancelledError
+
+    made.append(Registration(AGENT, await provision(kept.tpm, kept.folder), lambda: kept.contact, sleep=sleep))
+    kept.registrar.known = [{"registered": False}, kept.view()]
+    kept.registrar.script = [{}, {}]
+    await made[0].once(FakeRegistrar(kept.tpm))
+    with pytest.raises(asyncio.CancelledError):
+        await made[0].run("https://r", kept.registrar)
+    assert states == ["active", "pending", "pending", "active"]
