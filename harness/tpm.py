@@ -88,11 +88,7 @@ class Tpm:
 
         *Cancellation:* the connection is closed by the thread nevertheless.
         """
-        if self._thread.usable:
-            try:
-                await self._thread.run(self._connection.close)
-            finally:
-                self._thread.stop("this TPM client is closed")
+        await self._thread.finish(self._connection.close, "this TPM client is closed")
 
     async def __aenter__(self) -> Tpm:
         return self

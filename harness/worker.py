@@ -25,6 +25,7 @@ from harness.errors import DeviceUnavailable
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+_FINISH_S = 2.0
 
 
 class CallThread:
@@ -68,6 +69,29 @@ class CallThread:
         done.add_done_callback(functools.partial(self._ended, watchdog))
         self._jobs.put((call, done))
         return cast(T, await asyncio.shield(done))
+
+    async def finish(self, last: Callable[[], object], reason: str) -> None:
+        """Makes one last call and ends the thread; a call in flight that hangs is left to it after two seconds.
+
+        Args:
+            last: not made when the worker was stopped before.
+            reason: see `stop`.
+
+        Raises:
+            Exception: whatever the last call raises.
+
+        *Cancellation:* the thread ends all the same.
+        """
+        if not self.usable:
+            return
+        try:
+            async with asyncio.timeout(_FINISH_S) as deadline:
+                await self.run(last)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+        finally:
+            self.stop(reason)
 
     def stop(self, reason: str) -> None:
         """Ends the thread after the call in flight; later calls raise `DeviceUnavailable` with ``reason``."""

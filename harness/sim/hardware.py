@@ -33,6 +33,9 @@ from harness.swtpm import SwtpmProcess
 from harness.tpm import Tpm
 from harness.unix_server import UnixServer
 
+_LAST_COMMAND_S = 1.5
+"""For the command in flight when the service is told to stop, which has five seconds for everything."""
+
 
 class HardwareSettings(Protocol):
     """What a hardware TPM needs to know; `harness.config` has the settings file."""
@@ -107,7 +110,7 @@ class HardwareTpm:
     async def __aexit__(self, *_: object) -> None:
         try:
             async with self._power:
-                await self._proxy.hold(cut=False)
+                await self._proxy.hold(cut=False, within_s=_LAST_COMMAND_S)
                 await self._power_off(orderly=not self._crashed.is_set())
         finally:
             await self._proxy.stop()

@@ -108,12 +108,12 @@ class TpmProxy:
         for server in self._servers:
             await server.stop()
 
-    async def hold(self, *, cut: bool) -> None:
+    async def hold(self, *, cut: bool, within_s: float = _HOLD_S) -> None:
         """Keeps commands back from now on; returns when none is in flight.
 
         Args:
-            cut: as a power cut: the client whose command is in flight is cut off. Else that command may end, within
-                5 s.
+            cut: as a power cut: the client whose command is in flight is cut off. Else that command may end first.
+            within_s: how long it may take.
 
         *Cancellation:* the proxy stays held.
         """
@@ -121,7 +121,7 @@ class TpmProxy:
         self._at_locality_0 = True  # clients are held back for a power cycle
         if not cut:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_HOLD_S), self._turn:
+                async with asyncio.timeout(within_s), self._turn:
                     return
         if self._in_flight is not None:
             self._in_flight.cancel()

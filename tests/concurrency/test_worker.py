@@ -150,3 +150,24 @@ def test_thread_does_not_hold_up_the_interpreter() -> None:
         return result
 
     assert asyncio.run(check())
+
+
+async def test_a_last_call_behind_one_that_hangs_is_given_up() -> None:
+    """Closing ends although the call in flight never does; afterwards nothing can be called."""
+    worker = CallThread("a device", timeout_s=60)
+    entered, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        entered.set()
+        release.wait(60)
+
+    hanging = asyncio.create_task(worker.run(hang))
+    await asyncio.to_thread(entered.wait, 30)
+    closed = []
+    async with asyncio.timeout(30):
+        await worker.finish(lambda: closed.append(True), "closed")
+    assert (closed, worker.usable) == ([], False)
+    release.set()
+    await hanging
+    with pytest.raises(DeviceUnavailable, match="closed"):
+        await worker.run(lambda: None)
