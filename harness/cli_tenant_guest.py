@@ -168,8 +168,9 @@ def guest_resume(
     """Let a guest whose attestation has stopped be attested again, from the next round on.
 
     Nothing is believed by it: the next round is judged as every other. For a reboot that was refused (check 10) the new
-    counters are accepted with --accept-reboot; for other reference values see `policy set`. Exits 1 when it has not
-    stopped, or no reboot was refused.
+    counters are accepted with --accept-reboot, of the guest or of its host: when both were reset the second one is
+    refused in the next round, and accepted by giving the command again. For other reference values see `policy set`.
+    Exits 1 when it has not stopped, or no reboot was refused.
     """
     if (guest is None) == (not everyone):
         raise ConfigError("give a guest, or --all")
