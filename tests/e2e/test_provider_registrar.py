@@ -38,6 +38,7 @@ from harness.peer import PeerClient
 from harness.pki import Authority, Role
 from harness.provider.operator import ProviderOperator
 from harness.provider.registrar import ProviderRegistrar
+from harness.registration import registration_view
 from harness.values import AgentId, HostId, PcrSelection
 from tests.support.enrolment_parties import SoftVtpm
 from tests.support.pendings import agent, allow
@@ -517,6 +518,23 @@ async def test_an_honest_guest_registers(site: Site) -> None:
     shown = await site.guest()
     assert (shown["registered"], shown["ip"], shown["port"]) == (True, "192.0.2.1", 9002)
     assert not (await site.guest(OTHER))["registered"]
+
+
+async def test_a_guest_agent_is_told_what_is_recorded_of_it(site: Site) -> None:
+    """Digests of its keys and certificate, and its contact; of another tenant's guest no more than of one unknown."""
+    path = f"/v2.1/agents/{GUEST}/registration"
+    assert await site.guest_agent().get(path) == {"registered": False}
+    vtpm = await register(site)
+    told = await site.guest_agent().get(path)
+    assert told == registration_view(
+        ek=vtpm.ek.marshal(),
+        ak=vtpm.ak.marshal(),
+        mtls_cert=cast(str | None, keys_of(vtpm).get("mtls_cert")),
+        ip="192.0.2.1",
+        port=9002,
+    )
+    assert await site.guest_agent("bob").get(path) == {"registered": False}
+    assert await site.guest_agent().get(f"/v2.1/agents/{agent(77)}/registration") == {"registered": False}
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v2.3", "v2.6"])

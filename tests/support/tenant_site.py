@@ -138,6 +138,7 @@ class TenantSite:
     ek: Public
     sockets: dict[str, socket.socket] = field(default_factory=dict)
     verifier_extra: dict[str, Any] = field(default_factory=dict)
+    guest_extra: dict[str, Any] = field(default_factory=dict)
     database: str | None = None
 
     def url(self, name: str) -> str:
@@ -188,6 +189,7 @@ class TenantSite:
                 state_dir=self.folder / "agent",
                 registrars=[self.url("registrar")],
                 payload_dir=self.folder / "payload",
+                **self.guest_extra,
             )
         )
 
