@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from harness import __version__, cli_db, cli_exit, cli_lab, cli_provider, cli_tenant
+from harness import __version__, cli_complete, cli_db, cli_exit, cli_lab, cli_provider, cli_tenant
 from harness.cli_help import AsJson, examples
 
 app = typer.Typer(
@@ -87,6 +87,7 @@ def serve(
         typer.Argument(
             metavar="SERVICE",
             help="host-agent, provider-verifier, provider-registrar, tenant-registrar, tenant-verifier or guest-agent.",
+            autocompletion=cli_complete.services,
         ),
     ],
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Settings of the service (YAML).")],

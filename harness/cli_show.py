@@ -9,6 +9,7 @@ from typing import Any
 Entry = Mapping[str, Any]
 _WIDE = 100
 _SHORTEST = 8
+_LONGEST, _SHOWN = 100, 16
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
 
@@ -53,8 +54,13 @@ def _rows(entry: Entry, within: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _rows(value, f"{within}{name}.")
         else:
-            rows.append((within + name, text(value)))
+            rows.append((within + name, _cut(text(value))))
     return rows
+
+
+def _cut(value: str) -> str:
+    """Keys and certificates are for programs; --json has them whole."""
+    return value if len(value) <= _LONGEST else f"{value[:_SHOWN]}… ({len(value)} characters, whole in --json)"
 
 
 def text(value: object) -> str:

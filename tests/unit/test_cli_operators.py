@@ -248,3 +248,14 @@ def test_times_are_shown_in_utc() -> None:
     """A time is a date in UTC; what is no time is a dash."""
     assert cli_show.time(0) == "1970-01-01T00:00:00Z"
     assert cli_show.time(None) == cli_show.time(True) == "-"
+
+
+def test_keys_are_cut_for_people_and_whole_for_programs(
+    lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key's hundreds of characters fill no terminal; --json has them all."""
+    operator.answers["host"] = {"host_id": HOST_ID, "ek": "A" * 400}
+    assert alice(lab, "host", "show", HOST_ID) == 0
+    assert "A" * 16 + "… (400 characters, whole in --json)" in capsys.readouterr().out
+    assert alice(lab, "host", "show", HOST_ID, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ek"] == "A" * 400
