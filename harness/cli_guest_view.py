@@ -120,7 +120,8 @@ def what_to_do(shown: Entry, name: str) -> str | None:
     state = attestation.get("state")
     if state not in _STOPPED:
         return None  # the verifier goes on by itself
-    return step_for(attestation.get("error"), state, guest=name, host=host)
+    step = step_for(attestation.get("error"), guest=name, host=host)
+    return step if step and name in step else step_for(state, guest=name, host=host)  # a guest that stopped is resumed
 
 
 def chain_lines(chain: Sequence[Entry]) -> list[str]:

@@ -209,16 +209,16 @@ def guest_re_enrol(
     """Forget a guest's keys, wait until it has registered with the ones that it has now, and attest it as before.
 
     Reference values, intervals and provider stay what they were; one that was not under attestation gets the site's.
-    A payload is handed over anew only with --payload: the old one was sealed for the old keys. A guest that was refused
-    is tried again within a minute; the agent of any other one registers when it starts, so restart the guest while this
-    waits. When the wait is over go on with `guest add`. Exits 1 when the registrar refuses its vTPM.
+    A payload is handed over anew only with --payload: the old one was sealed for the old keys. The guest's agent
+    notices within a minute that it is to register; when the wait is over go on with `guest add`. Exits 1 when the
+    registrar refuses its vTPM.
     """
     site = cli_site.site_of(lab)
     own = cli_site.tenant_of(site, tenant)
     secret = cli_site.read_file(payload, "--payload") if payload else None
 
     async def re_enrol(operator: TenantOperator) -> None:
-        from harness.console import say
+        from harness.console import progress
         from harness.tenant.operator import Order
 
         agent_id = await cli_site.guest_of(site, operator, guest)
@@ -230,11 +230,9 @@ def guest_re_enrol(
         await operator.re_enrol_guest(agent_id, reason, host_id=target)
         with contextlib.suppress(NotFound):
             await operator.end_attestation(agent_id, reason)
-        say(
-            f"waiting up to {wait:g} s for its agent, which registers when it starts: "
-            f"harness provider guest stop {guest}; harness provider guest start {guest}"
-        )
-        await operator.admit(await operator.registered(agent_id, deadline_s=wait), order)
+        with progress(f"waiting for the agent of {guest}, which looks after its registration twice a minute"):
+            contact = await operator.registered(agent_id, deadline_s=wait)
+        await operator.admit(contact, order)
 
     cli_site.as_tenant(own, re_enrol)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli_guest_view, cli_names
-from harness.errors import ConfigError, Conflict, HostRebooted, NotFound, PeerRefusedUs
+from harness import cli_names
+from harness.errors import ConfigError, Conflict, NotFound, PeerRefusedUs
 from tests.support.cli_operators import (
     AGENT_ID,
     ALARM,
@@ -18,7 +18,6 @@ from tests.support.cli_operators import (
     GUEST,
     HOST_ID,
     OTHER_AGENT_ID,
-    POLICIES,
     POLICY,
     Operator,
     alice,
@@ -361,65 +360,3 @@ def test_the_audit_trail_is_shown(lab: Path, operator: Operator, capsys: pytest.
     assert {"alice/tenant-operator/operator", "resume", AGENT_ID, "firmware"} <= set(row.split())
     assert alice(lab, "audit", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["service"] == "verifier"
-
-
-# --- one guest for people ---------------------------------------------------------------------------------
-
-
-def test_show_says_first_how_it_stands(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first line is the verdict, with layer, check and error; the next one what to type."""
-    operator.guest_now = {
-        **GUEST,
-        "attestation": {**FAILED, "state": "INVALID_QUOTE", "failed_check": 10, "error": HostRebooted.__name__},
-    }
-    assert alice(lab, "guest", "show", "web1") == 1
-    first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first == (
-        "web1 is NOT attested: INVALID_QUOTE, host evidence failed check 10 (HostRebooted): it does not run here"
-    )
-    assert "harness tenant guest resume web1 --accept-reboot --reason TEXT" in second
-
-
-def test_show_draws_the_chain_from_root_to_ak(
-    lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each link is one step deeper, with a short fingerprint; --json has the complete one."""
-    chain = [{"what": what, "name": "n", "sha256": what[0] * 64} for what in ("vendor root", "host EK", "guest AK")]
-    operator.guest_now = {**GUEST, "chain": chain, "attestation": ATTESTED}
-    assert alice(lab, "guest", "show", "web1") == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.endswith("  n")]
-    assert lines == [f"vendor root {'v' * 16}  n", f"  └ host EK {'h' * 16}  n", f"    └ guest AK {'g' * 16}  n"]
-    assert alice(lab, "guest", "show", "web1", "--json") == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["chain"], shown["guest"]["agent_id"]) == (chain, AGENT_ID)
-    assert (shown["attestation"], shown["policy"]) == (ATTESTED, POLICIES)
-
-
-@pytest.mark.parametrize(
-    ("guest", "said"),
-    [
-        (
-            {"attestation": {**ATTESTED, "next_round_at": 62.0}},
-            "x is attested: last success 10 s ago; next round in 2 s",
-        ),
-        ({"attestation": ATTESTED}, "x is attested: last success 10 s ago"),
-        ({"state": "stated", "attestation": ATTESTED}, "x is NOT attested: it is stated and has not registered"),
-        (
-            {"state": "stated", "refused": {"error": "KeyChanged", "detail": "other"}, "attestation": None},
-            "x is NOT attested: its registration was refused, KeyChanged: other",
-        ),
-        ({"attestation": None}, "x is NOT attested: it has registered and is not under attestation"),
-        (
-            {"attestation": {**ATTESTED, "attested": False}},
-            "x is NOT attested: GET_QUOTE, last success 10 s ago",
-        ),
-        (
-            {"attestation": {**ATTESTED, "attested": False, "last_successful_attestation": None}},
-            "x is NOT attested: GET_QUOTE, no verdict yet",
-        ),
-    ],
-)
-def test_the_lead_sentence_of_each_standing(guest: dict[str, object], said: str) -> None:
-    """Attested only while the verifier says so and the keys are pinned; else the reason follows."""
-    assert cli_guest_view.lead(cli_guest_view.whole({**GUEST, **guest}, None), "x", 60.0) == said
