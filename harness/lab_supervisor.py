@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from harness import events
@@ -52,11 +52,13 @@ class Supervisor:
     Args:
         folder: of the lab.
         topology: its ``lab.yml``.
+        say: called once, with the line for whoever started us.
     """
 
-    def __init__(self, folder: Path, topology: Path) -> None:
+    def __init__(self, folder: Path, topology: Path, say: Callable[[Mapping[str, object]], None]) -> None:
         self._folder = folder
         self._topology = topology
+        self._say = say
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -81,7 +83,7 @@ class Supervisor:
                 await self._supervision.apply(files.services())
                 files.site()
                 await server.start()
-                _say({"ready": os.getpid()})
+                self._say({"ready": os.getpid()})
                 await self._ended.wait()
             finally:
                 await self._supervision.stop()
@@ -149,19 +151,22 @@ async def _lock(descriptor: int, folder: Path) -> None:
     raise Conflict(f"another supervisor runs the lab in {folder.parent}; `harness lab down` ends it")
 
 
-def _say(answer: Mapping[str, object]) -> None:
-    """The one line for whoever started us; from then on standard output is the log."""
-    print(json.dumps(answer), flush=True)
-    os.dup2(2, 1)
-
-
 def main() -> int:
     """Entry point of the process."""
     folder, topology = Path(sys.argv[1]), Path(sys.argv[2])
+    answer = os.fdopen(os.dup(1), "w")  # standard output itself becomes the log
+
+    def say(line: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError):  # whoever asked has gone
+            print(json.dumps(line), file=answer, flush=True)
+        answer.close()
+
     try:
-        asyncio.run(_until_told(Supervisor(folder, topology)))
+        asyncio.run(_until_told(Supervisor(folder, topology, say)))
     except HarnessError as error:
-        _say({"error": type(error).__name__, "detail": error.detail})
+        if answer.closed:
+            raise
+        say({"error": type(error).__name__, "detail": error.detail})
         return 2
     return 0
 
