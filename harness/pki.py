@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -158,6 +159,33 @@ class Authority:
             .sign(self._own.key, hashes.SHA256())
         )
         return Issued(certificate=certificate, key=key)
+
+
+def renew(
+    authority: Authority, issued: Issued, *, days: float = _LEAF_DAYS, at: datetime.datetime | None = None
+) -> Issued:
+    """The same certificate, valid anew: same key, role, name and addresses.
+
+    Args:
+        authority: signs it; the one that signed the old one.
+        issued: the old certificate and its key.
+        days: length of validity.
+        at: begin of validity, now when None.
+
+    Raises:
+        ConfigError: the certificate does not state one role and name, or another authority signed it.
+    """
+    try:
+        issued.certificate.verify_directly_issued_by(authority.certificate)
+        names = issued.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        [uri] = names.get_values_for_type(x509.UniformResourceIdentifier)
+        role, _, name = uri.removeprefix(URN).partition(":")
+        owner = Role(role)
+    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+        raise ConfigError("the certificate is none that this authority made for a service or an operator") from error
+    hosts = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    hosts += names.get_values_for_type(x509.DNSName)
+    return authority.issue(owner, name, hosts=hosts, key=issued.key, at=at, days=days)
 
 
 def load_issued(certificate: Path, key: Path) -> Issued:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STOP_S = 4.5
 """Seconds for an orderly stop; every service stops within five."""
+_GUESTS_STOP_S = 28.0
+"""The guest manager's, however many guests it has: each of them is shut down, and none is left without its manager."""
 EXIT_OVERDUE = 3
 
 
@@ -45,6 +47,7 @@ class _Entry:
     module: str
     service: str
     settings: str
+    stop_s: float = STOP_S
 
 
 SERVICES = {
@@ -59,7 +62,7 @@ SERVICES = {
 
 SIMULATION = {
     "hardware-tpm": _Entry("harness.sim.hardware", "HardwareTpmService", "HardwareTpmSettings"),
-    "guest-manager": _Entry("harness.lab_guests", "LabGuestManager", "GuestManagerSettings"),
+    "guest-manager": _Entry("harness.lab_guests", "LabGuestManager", "GuestManagerSettings", _GUESTS_STOP_S),
     "hostile-provider": _Entry("harness.attacks.hostile_provider", "HostileProvider", "HostileProviderSettings"),
 }
 """What a lab adds to them: simulated hardware, its guests, and a provider that lies."""
@@ -101,7 +104,7 @@ def run(
     _log_to(service, settings.log, log)
     made = cast(Service, getattr(importlib.import_module(entry.module), entry.service)(settings))
     if not told.heard:
-        asyncio.run(_until_told(made, sock, told, lifeline))
+        asyncio.run(_until_told(made, sock, told, lifeline, stop_s=entry.stop_s))
 
 
 def _log_to(service: str, settings: LogSettings, given: Path | None) -> None:
@@ -147,22 +150,24 @@ class _Told:
                 loop.remove_reader(lifeline)
 
 
-async def _until_told(service: Service, sock: socket.socket | None, told: _Told, lifeline: int | None) -> None:
+async def _until_told(
+    service: Service, sock: socket.socket | None, told: _Told, lifeline: int | None, *, stop_s: float
+) -> None:
     task = asyncio.create_task(service.run(sock))
     telling = asyncio.create_task(told.wait(lifeline))
     await asyncio.wait({task, telling}, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
         task.cancel()
-        await asyncio.wait({task}, timeout=STOP_S)
+        await asyncio.wait({task}, timeout=stop_s)
     telling.cancel()
     if not task.done():
-        _give_up(task)
+        _give_up(task, stop_s)
     if not task.cancelled():
         task.result()
 
 
-def _give_up(task: asyncio.Task[None]) -> None:
+def _give_up(task: asyncio.Task[None], stop_s: float) -> None:
     """Ends the process: what hangs would keep the interpreter from ending, and a supervisor from starting anew."""
     where = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in task.get_stack()]
-    importlib.import_module("harness.events").emit("stop_overdue", level="error", after_s=STOP_S, where=where)
+    importlib.import_module("harness.events").emit("stop_overdue", level="error", after_s=stop_s, where=where)
     os._exit(EXIT_OVERDUE)

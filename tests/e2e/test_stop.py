@@ -244,7 +244,7 @@ class Stuck:
             except asyncio.CancelledError:
                 pass
 events.configure("stuck")
-asyncio.run(serve._until_told(Stuck(), None, serve._Told(), None))
+asyncio.run(serve._until_told(Stuck(), None, serve._Told(), None, stop_s=serve.STOP_S))
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from harness.errors import AccessDenied, ConfigError
-from harness.pki import TENANT_ROLES, URN, Authority, Issued, Role, load_certificate, load_issued, load_key
+from harness.pki import TENANT_ROLES, URN, Authority, Issued, Role, load_certificate, load_issued, load_key, renew
 from harness.private_file import write_private
 from harness.tls import Identities, certificate_requester
 
@@ -238,3 +238,28 @@ def test_a_tenant_cannot_give_the_providers_roles(role: Role) -> None:
 def test_the_tenants_roles_are_a_closed_list() -> None:
     """No role of the provider's is among those that a tenant may give."""
     assert {role for role in Role if role.value.startswith(("tenant-", "guest-"))} == TENANT_ROLES
+
+
+def test_a_renewal_keeps_key_role_name_and_addresses() -> None:
+    """The requester stays what it was; only serial number and validity are new."""
+    authority = Authority.create("alice")
+    old = authority.issue(Role.GUEST_AGENT, "g", hosts=("127.0.0.1", "g.example", "::1"), days=1)
+    new = renew(authority, old, days=100)
+    assert certificate_requester(new.certificate) == certificate_requester(old.certificate)
+    assert new.key is old.key
+    before, after = (
+        set(issued.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        for issued in (old, new)
+    )
+    assert before == after
+    assert new.certificate.serial_number != old.certificate.serial_number
+    assert new.certificate.not_valid_after_utc - old.certificate.not_valid_after_utc > datetime.timedelta(days=98)
+
+
+def test_what_another_authority_made_is_not_renewed() -> None:
+    """An authority of the same name renews only what it signed itself, and only owners with a role."""
+    mine, other = Authority.create("alice"), Authority.create("alice")
+    with pytest.raises(ConfigError):
+        renew(mine, other.issue(Role.GUEST_AGENT, "g"))
+    with pytest.raises(ConfigError):
+        renew(mine, Issued(certificate=mine.certificate, key=mine.issue(Role.GUEST_AGENT, "g").key))
