@@ -74,8 +74,8 @@ async def renew(folder: Path, services: Sequence[str], days: float, reason: str)
 
     Args:
         folder: of the lab.
-        services: names as `harness lab status` shows them, ``agent-GUEST``, ``provider-operator`` or
-            ``TENANT-operator``; all of them when empty.
+        services: names as `harness lab status` shows them, ``agent-GUEST``, ``provider-operator``,
+            ``TENANT-operator`` or ``TENANT-client``; all of them when empty.
         days: length of validity.
         reason: for the audit trail.
 
@@ -109,6 +109,8 @@ def _owners(folder: Path, site: config.SiteSettings) -> Iterator[_Owner]:
     yield _Owner(name="provider-operator", tls=site.provider.operator)
     for tenant, settings in site.tenants.items():
         yield _Owner(name=f"{tenant}-operator", tls=settings.operator)
+        if settings.client is not None:
+            yield _Owner(name=f"{tenant}-client", tls=settings.client)
     for pattern, name, model in _SETTINGS:
         for path in sorted(folder.glob(pattern)):
             yield _owner(name.format(path.parent.name), path, model)
