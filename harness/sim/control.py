@@ -2,6 +2,8 @@
 
 * ``{"op": "status"}``
 * ``{"op": "power_cycle", "scenario": NAME or PATH, "orderly": true}`` (both optional; orderly by default)
+* ``{"op": "replace"}``: the chip is exchanged for a new one with a new EK, the state of the old one is kept aside as
+  ``tpm.old-<n>``, and the same scenario boots; the host is a new one to every tenant (DESIGN 3.6)
 * ``{"op": "faults", "plan": [...]}``: the fault plan from now on (`faults`)
 
 The answer is the device's status, or ``{"error": NAME, "detail": SENTENCE}``.
@@ -32,6 +34,9 @@ class Device(Protocol):
 
     async def power_cycle(self, *, scenario: str | None = None, orderly: bool = True) -> None:
         """Switches the host off and on."""
+
+    async def replace(self) -> None:
+        """Gives the host another chip."""
 
     def set_faults(self, plan: object) -> None:
         """Sets the fault plan."""
@@ -92,6 +97,8 @@ async def _carry_out(request: Mapping[str, object], device: Device) -> None:
     match request:
         case {"op": "status", **rest} if not rest:
             return
+        case {"op": "replace", **rest} if not rest:
+            await device.replace()
         case {"op": "faults", "plan": plan, **rest} if not rest:
             device.set_faults(plan)
         case {"op": "power_cycle", **rest} if rest.keys() <= {"scenario", "orderly"}:
@@ -100,4 +107,4 @@ async def _carry_out(request: Mapping[str, object], device: Device) -> None:
                 raise ConfigError("power_cycle: scenario is a string, orderly is true or false")
             await device.power_cycle(scenario=scenario, orderly=orderly)
         case _:
-            raise ConfigError('"op" is status, power_cycle (scenario, orderly) or faults (plan)')
+            raise ConfigError('"op" is status, power_cycle (scenario, orderly), replace or faults (plan)')

@@ -1,11 +1,15 @@
 """A simulated hardware TPM: swtpm, its measured boot, and the chip's latency, in one process.
 
-Clients use ``socket`` like any swtpm. A second socket is for power cycles and faults (`control`).
+Clients use ``socket`` like any swtpm. A second socket is for power cycles, faults and another chip (`control`).
+
+In ``state_dir``: ``tpm`` (swtpm's state), ``tpm.old-<n>`` (chips that were replaced), ``boot.json``, ``swtpm.log``.
 
 Invariants:
     1. No client reaches the TPM between power-on and the end of the measured boot.
     2. A power cycle replays the whole scenario from PCRs at zero; only an orderly one sends TPM2_Shutdown(CLEAR) first.
-    3. When swtpm ends by itself the service ends with `SimulatorCrashed`; a start of the service is a power-on.
+    3. When swtpm ends by itself, or does not come up again, the service ends with `SimulatorCrashed`; a start of the
+       service is a power-on with the scenario that was booted last (`boot_record`).
+    4. A TPM is replaced in one step, with the host off: what is at ``tpm`` is whole, and the old one is kept aside.
 
 Owner: one task, `HardwareTpm.run`; power cycles are made one after the other.
 
@@ -18,11 +22,13 @@ import asyncio
 import contextlib
 import datetime
 import functools
+import shutil
 from pathlib import Path
 from typing import Protocol
 
-from harness.errors import HarnessError, SimulatorCrashed
+from harness.errors import HarnessError, SimulationError, SimulatorCrashed
 from harness.sim.boot import Scenario, replay
+from harness.sim.boot_record import BootRecord
 from harness.sim.control import serve_control
 from harness.sim.faults import FaultInjector, parse_plan
 from harness.sim.profiles import load_profile
@@ -35,6 +41,12 @@ from harness.unix_server import UnixServer
 
 _LAST_COMMAND_S = 1.5
 """For the command in flight when the service is told to stop, which has five seconds for everything."""
+
+_STATE_FILE = "tpm2-00.permall"
+_WAY_BACK = (
+    "put a copy from a backup in its place, or move the folder {} away: a new TPM with new keys is made at the next "
+    "start, and every tenant enrols the host anew"
+)
 
 
 class HardwareSettings(Protocol):
@@ -79,8 +91,10 @@ class HardwareTpm:
     def __init__(self, settings: HardwareSettings) -> None:
         self._vendor_ca = settings.vendor_ca
         self._profile = load_profile(settings.chip)
-        self._scenario = Scenario.load(settings.scenario)
+        self._boots = BootRecord(settings.state_dir, settings.scenario)
+        self._scenario = Scenario.load(self._boots.load())
         self._state = settings.state_dir / "tpm"
+        self._next = settings.state_dir / "tpm.next"
         back = settings.state_dir / "back"
         self._swtpm = SwtpmProcess(self._state, back, settings.state_dir / "swtpm.log")
         self._proxy = TpmProxy(settings.socket, back, self._profile, seed=settings.seed)
@@ -96,6 +110,9 @@ class HardwareTpm:
 
     async def __aenter__(self) -> HardwareTpm:
         try:
+            await self._swtpm.until_free()  # another service on this state keeps its sockets
+            if not self._state.exists() and self._next.exists():
+                self._next.rename(self._state)  # a replacement that a crash left between its two steps
             if not self._state.exists():
                 await manufacture(self._state)
             await self._proxy.hold(cut=False)
@@ -125,17 +142,62 @@ class HardwareTpm:
 
         Raises:
             ConfigError: the scenario cannot be used; nothing has happened.
-            SimulationError, TpmError: the TPM did not come up; clients are held back.
+            SimulationError, TpmError: the scenario cannot be kept: nothing has happened; or the TPM did not come up:
+                clients are held back, and the service ends.
 
-        *Cancellation:* the TPM may be off, and clients held back, until the next power cycle.
+        *Cancellation:* the TPM may be off, and clients held back, until the next power cycle; or the service ends.
         """
         boots = self._scenario if scenario is None else Scenario.load(scenario)
         async with self._power:
+            if scenario is not None:
+                await asyncio.to_thread(self._boots.save, scenario)
             await self._proxy.hold(cut=not orderly)
             await self._power_off(orderly=orderly)
             self._scenario = boots
+            await self._again()
+
+    async def replace(self) -> None:
+        """Gives the host another chip: shut down in order, a new TPM with new keys, and the same boot.
+
+        Raises:
+            SimulationError: the new TPM cannot be made or put in place: the old one runs on.
+            TpmError: the new one did not come up; clients are held back, and the service ends.
+
+        *Cancellation:* as for `power_cycle`; the chip is the old one or the new one.
+        """
+        async with self._power:
+            await asyncio.to_thread(shutil.rmtree, self._next, ignore_errors=True)
+            await manufacture(self._next)
+            await self._proxy.hold(cut=False)
+            await self._power_off(orderly=True)
+            try:
+                await asyncio.to_thread(self._swap)
+            except OSError as error:
+                await self._again()
+                raise SimulationError(f"{self._state}: the TPM cannot be replaced: {error.strerror}") from error
+            await self._again()
+
+    def _swap(self) -> None:
+        numbers = (path.name.rpartition("-")[2] for path in self._replaced())
+        newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        old = self._state.with_name(f"tpm.old-{newest + 1}")
+        self._state.rename(old)
+        try:
+            self._next.rename(self._state)
+        except OSError:
+            old.rename(self._state)
+            raise
+
+    def _replaced(self) -> list[Path]:
+        return list(self._state.parent.glob("tpm.old-*"))
+
+    async def _again(self) -> None:
+        try:
             await self._power_on()
-            self._power_cycles += 1
+        except BaseException:
+            self._crashed.set()
+            raise
+        self._power_cycles += 1
 
     def set_faults(self, plan: object) -> None:
         """Sets the fault plan from plain data (`parse_plan`); a fault in progress goes on.
@@ -151,13 +213,14 @@ class HardwareTpm:
             "chip": self._profile.name,
             "scenario": self._scenario.name,
             "power_cycles": self._power_cycles,
+            "replaced": len(self._replaced()),
             "commands": self._proxy.commands,
             "held": self._proxy.held,
             "swtpm_pid": self._swtpm.pid if self._swtpm.running else None,
         }
 
     async def until_crash(self) -> None:
-        """Waits until swtpm ends by itself.
+        """Waits until swtpm ends by itself, or does not come up again.
 
         Raises:
             SimulatorCrashed: always, when it has happened.
@@ -165,10 +228,10 @@ class HardwareTpm:
         *Cancellation:* the TPM goes on.
         """
         await self._crashed.wait()
-        raise SimulatorCrashed("swtpm of the hardware TPM ended by itself; see swtpm.log in its state folder")
+        raise SimulatorCrashed("swtpm of the hardware TPM has ended; see swtpm.log in its state folder")
 
     async def _power_on(self) -> None:
-        await self._swtpm.start()
+        await self._start_swtpm()
         async with await Tpm.open(self._swtpm.tcti) as tpm:
             await tpm.startup()
             await replay(self._scenario, tpm)
@@ -178,6 +241,16 @@ class HardwareTpm:
                 await vendor.equip(tpm, self._profile.tpm, now=now)
         self._watch = asyncio.create_task(self._watch_swtpm())
         self._proxy.release()
+
+    async def _start_swtpm(self) -> None:
+        state = self._state / _STATE_FILE
+        if not state.exists():  # swtpm would make a blank one, and nobody would know this host again
+            raise SimulationError(f"{state}: the TPM's state is missing; {_WAY_BACK.format(self._state)}")
+        try:
+            await self._swtpm.start()
+        except SimulatorCrashed as error:
+            way = _WAY_BACK.format(self._state)
+            raise SimulationError(f"{state}: {error.detail}; if the file is damaged, {way}") from error
 
     async def _power_off(self, *, orderly: bool) -> None:
         if self._watch is not None:
@@ -215,7 +288,7 @@ class HardwareTpmService:
             sock: not used: the sockets are those of the settings.
 
         Raises:
-            ConfigError: chip or scenario cannot be used.
+            ConfigError: chip, scenario or the record of the last boot cannot be used.
             SimulatorCrashed: swtpm ended by itself.
             SimulationError, TpmError: the TPM did not come up.
 
