@@ -35,10 +35,10 @@ class Running:
     process: subprocess.Popen[bytes]
     log: Path
 
-    async def ended(self) -> int:
+    async def ended(self, within_s: float = ENDED_S) -> int:
         """Its exit code."""
         try:
-            return await asyncio.to_thread(self.process.wait, ENDED_S)
+            return await asyncio.to_thread(self.process.wait, within_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} does not end: {self.log.read_text()[-2000:]}") from None
 
