@@ -65,12 +65,19 @@ def claimed_output() -> Iterator[None]:
     if sys.stdout is None:
         raise OutputGone("standard output is closed")
     out = sys.stdout
-    if isinstance(out, io.TextIOWrapper):
-        sys.stdout = _Output(out.detach(), encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering)
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    claimed = _Output(out.buffer, encoding=out.encoding, errors=out.errors, line_buffering=out.line_buffering)
+    sys.stdout = claimed
     try:
         yield
     finally:
-        sys.stdout.flush()
+        sys.stdout = out  # whoever gave it to us keeps it, whole
+        try:
+            claimed.flush()
+        finally:
+            claimed.detach()
 
 
 def console(stream: TextIO | None = None) -> Console:
