@@ -29,9 +29,14 @@ def test_output_is_given_back_when_a_command_ends_by_an_error(monkeypatch: pytes
     buffer = io.BytesIO()
     out = io.TextIOWrapper(buffer, encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", out)
-    with pytest.raises(ZeroDivisionError), console.claimed_output():
-        print("so far")
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with console.claimed_output():
+            print("so far")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert sys.stdout is out
     assert buffer.getvalue() == b"so far\n"
 
