@@ -54,6 +54,34 @@ def services(incomplete: str) -> list[str]:
     return _starting(SERVICES, incomplete)
 
 
+def lab_services(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Services of the lab, as `lab status` shows them."""
+    site = _site(ctx)
+    return [] if site is None else _starting(_services(site, "tpm", "agent", "guests"), incomplete)
+
+
+def certified(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Services and operators of the lab that have a certificate."""
+    site = _site(ctx)
+    if site is None:
+        return []
+    operators = [f"{tenant}-{who}" for tenant in site.tenants for who in ("operator", "client")]
+    agents = [f"agent-{name}" for name in cli_names.guest_names(site).values()]
+    return _starting([*_services(site, "agent"), *operators, *agents, "provider-operator"], incomplete)
+
+
+def logs(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Processes of the lab that have a log."""
+    site = _site(ctx)
+    return [] if site is None else _starting([path.stem for path in site.pki.parent.glob("log/*.log")], incomplete)
+
+
+def _services(site: SiteSettings, *of_host: str) -> list[str]:
+    hosts = [f"{host}-{part}" for host in site.hosts for part in of_host]
+    parties = [f"{party}-{part}" for party in ("provider", *site.tenants) for part in ("registrar", "verifier")]
+    return [*hosts, *parties]
+
+
 def _starting(words: Collection[str], incomplete: str) -> list[str]:
     return sorted({word for word in words if word.startswith(incomplete)})
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from harness import cli_complete, cli_lab_acts, cli_site
 from harness.cli_help import AsJson, Lab, examples, group
 from harness.errors import ConfigError
 
@@ -15,7 +16,7 @@ app = group("A lab that lives on: hosts, tenants and guests from lab.yml, under 
 
 Service = Annotated[
     str,
-    typer.Argument(metavar="SERVICE", help="As `lab status` shows it."),
+    typer.Argument(metavar="SERVICE", help="As `lab status` shows it.", autocompletion=cli_complete.lab_services),
 ]
 
 
@@ -52,7 +53,7 @@ def up(
     from harness import console
     from harness.lab_up import up as bring_up
 
-    result = asyncio.run(bring_up(_topology(lab), fresh=fresh))
+    result = asyncio.run(bring_up(cli_site.topology_of(lab), fresh=fresh))
     if as_json:
         console.print_json(result.as_json())
         raise typer.Exit(0 if result.attested else 1)
@@ -79,7 +80,7 @@ def status(lab: Lab = None, as_json: AsJson = False) -> None:
 
     from harness import console
 
-    control = _control(lab)
+    control = cli_site.control_of(lab)
     found = asyncio.run(control.status())
     if found is None:
         console.say(f"the lab in {control.folder} is down; `harness lab up` starts it")
@@ -88,20 +89,25 @@ def status(lab: Lab = None, as_json: AsJson = False) -> None:
         console.print_json(control.shown(found))
         return
     shown: Mapping[str, Any] = control.shown(found)
+    ending = cli_lab_acts.ending(control.folder)
     services = [
         (
             service["name"],
             str(service["pid"] or "missing"),
             str(service["restarts"]),
+            *([ending.get(service["name"], "")] if ending else []),
             service["url"] or service["why"] or "",
         )
         for service in found["services"]
     ]
-    console.print_table(("service", "pid", "restarts", "where"), services, empty="no services")
+    columns = ("service", "pid", "restarts", *(["certificate"] if ending else []), "where")
+    console.print_table(columns, services, empty="no services")
     hosts = [(str(host["host_id"]), host["chip"], host["tpm_socket"]) for host in shown["hosts"]]
     console.print_table(("host", "chip", "TPM socket"), hosts, empty="no hosts")
     tenants = [(tenant["name"], str(len(tenant["guests"])), tenant["provider_verifier"]) for tenant in shown["tenants"]]
     console.print_table(("tenant", "guests", "provider verifier"), tenants, empty="no tenants")
+    if ending:
+        console.say(f"{len(ending)} certificates end soon; `harness lab renew --reason TEXT` renews them")
 
 
 @app.command("down", epilog=examples("harness lab down"))
@@ -111,7 +117,7 @@ def down(lab: Lab = None) -> None:
 
     from harness import console
 
-    control = _control(lab)
+    control = cli_site.control_of(lab)
     with console.progress("ending the lab: guests first, hardware last"):
         was_up = asyncio.run(control.down())
     print(f"the lab in {control.folder} {'is down' if was_up else 'was down already'}")
@@ -124,7 +130,7 @@ def restart(service: Service, lab: Lab = None) -> None:
 
     from harness import console
 
-    control = _control(lab)
+    control = cli_site.control_of(lab)
     with console.progress(f"restarting {service}"):
         pid = asyncio.run(control.restart(service))
     print(f"{service} runs again as process {pid}")
@@ -136,7 +142,12 @@ def restart(service: Service, lab: Lab = None) -> None:
 def logs(
     services: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SERVICE]...", help="Which (default: all).", show_default=False),
+        typer.Argument(
+            metavar="[SERVICE]...",
+            help="Which (default: all).",
+            show_default=False,
+            autocompletion=cli_complete.logs,
+        ),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, max=100_000, help="How many.")] = 40,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")] = False,
@@ -146,7 +157,7 @@ def logs(
     """Show what the lab's processes say, in the order in which it happened."""
     from harness import lab_logs
 
-    chosen = lab_logs.logs_of(_control(lab).folder, services or [])
+    chosen = lab_logs.logs_of(cli_site.control_of(lab).folder, services or [])
     for name, line in lab_logs.last_lines(chosen, lines):
         print(line if as_json else lab_logs.for_people(name, line))
     if follow:
@@ -154,24 +165,7 @@ def logs(
             print(line if as_json else lab_logs.for_people(name, line), flush=True)
 
 
-def _topology(lab: Path | None) -> Path:
-    from harness.lab_topology import FILE
-
-    path = (lab or Path(FILE)).absolute()
-    if path.is_dir():
-        path /= FILE
-    if not path.is_file():
-        raise ConfigError(f"{path}: is not there; `harness lab init` writes one, --lab names another")
-    return path
-
-
-def _control(lab: Path | None) -> Any:
-    from harness.lab_control import LabControl
-    from harness.lab_topology import FILE, folder_of
-
-    if lab is None and not Path(FILE).is_file():
-        raise ConfigError(f"which lab? give its {FILE} or its folder with --lab or HARNESS_LAB")
-    return LabControl(folder_of(lab or Path(FILE)))
+cli_lab_acts.add_to(app)
 
 
 def _verdict(accepted: bool, error: str | None, detail: str | None) -> tuple[str, str]:

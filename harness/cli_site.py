@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import uuid
 
     from harness.config import HostSite, SiteSettings, TenantSite
+    from harness.lab_control import LabControl
     from harness.provider.operator import ProviderOperator
     from harness.tenant.operator import TenantOperator
     from harness.tenant.policy import Policy
@@ -48,6 +49,40 @@ def site_of(lab: Path | None) -> SiteSettings:
     if not (folder / SITE_FILE).is_file():
         raise ConfigError(f"{folder}: holds no lab that was started; {_START}")
     return config.load(folder / SITE_FILE, config.SiteSettings)
+
+
+def topology_of(lab: Path | None) -> Path:
+    """The topology file of a lab, running or not.
+
+    Args:
+        lab: as for `site_of`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = (lab or Path(TOPOLOGY_FILE)).absolute()
+    if path.is_dir():
+        path /= TOPOLOGY_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: is not there; `harness lab init` writes one, --lab names another")
+    return path
+
+
+def control_of(lab: Path | None) -> LabControl:
+    """A lab from outside, running or not.
+
+    Args:
+        lab: as for `site_of`.
+
+    Raises:
+        ConfigError: none is stated, or its file cannot be used.
+    """
+    from harness.lab_control import LabControl
+    from harness.lab_topology import folder_of
+
+    if lab is None and not Path(TOPOLOGY_FILE).is_file():
+        raise ConfigError(f"which lab? give its {TOPOLOGY_FILE} or its folder with --lab or HARNESS_LAB")
+    return LabControl(folder_of(lab or Path(TOPOLOGY_FILE)))
 
 
 def tenant_of(site: SiteSettings, name: str | None) -> TenantSite:

@@ -25,7 +25,7 @@ from harness.errors import ConfigError, DeadlineExceeded, PeerUnreachable
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
-from harness.pki import Authority, Issued, load_certificate, load_issued
+from harness.pki import Authority, Issued, load_certificate, load_issued, now
 from harness.pki import renew as renewed
 from harness.private_file import write_private
 from harness.tls import authority_of, role_and_name
@@ -103,6 +103,19 @@ def names(folder: Path) -> list[str]:
         ConfigError: no lab there, or a file that cannot be used.
     """
     return [owner.name for owner in _owners(folder, config.load(folder / SITE_FILE, config.SiteSettings))]
+
+
+def days_left(folder: Path) -> dict[str, float]:
+    """How many days each certificate that `renew` can renew is still valid; less than 0 when it has expired.
+
+    Raises:
+        ConfigError: no lab there, or a file that cannot be used.
+    """
+    site, at = config.load(folder / SITE_FILE, config.SiteSettings), now()
+    return {
+        owner.name: (load_certificate(owner.tls.certificate).not_valid_after_utc - at) / datetime.timedelta(days=1)
+        for owner in _owners(folder, site)
+    }
 
 
 def _owners(folder: Path, site: config.SiteSettings) -> Iterator[_Owner]:

@@ -11,7 +11,7 @@ import pytest
 from harness.config import SiteSettings
 from harness.errors import ConfigError, HarnessError
 from harness.lab_plan import plan
-from harness.lab_renewal import Renewed, names, renew
+from harness.lab_renewal import Renewed, days_left, names, renew
 from harness.lab_site import LabSite, write_image
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
@@ -63,8 +63,12 @@ def test_everybody_with_a_certificate_can_be_named(folder: Folder) -> None:
 async def test_services_that_are_down_get_theirs_through_the_file(folder: Folder) -> None:
     """All certificates are new, on the same keys; who is not there takes it into use at its start."""
     certificates = {path: load_certificate(path) for path in folder.path.glob("pki/*/*-*.pem")}
+    assert min(days_left(folder.path).values()) > 300
     done = await renew(folder.path, [], 30, REASON)
     assert [each.name for each in done] == names(folder.path)
+    left = days_left(folder.path)
+    assert list(left) == names(folder.path)
+    assert all(29 < days <= 30 for days in left.values())
     assert {each.by for each in done} == {"file"}
     assert len(certificates) == len(done) - 1  # the guest agent's is in its image
     for path, old in certificates.items():

@@ -251,6 +251,19 @@ def test_completion_offers_what_the_site_knows(lab: Path) -> None:
     assert cli_complete.guests(context, AGENT_ID[:3]) == [AGENT_ID]
     assert cli_complete.services("tenant-v") == ["tenant-verifier"]
     assert "guest-good" in cli_complete.scenarios("guest")
+    assert cli_complete.lab_services(context, "host1-") == ["host1-agent", "host1-guests", "host1-tpm"]
+    assert cli_complete.lab_services(context, "b") == ["bob-registrar", "bob-verifier"]
+    assert cli_complete.lab_services(context, "p") == ["provider-registrar", "provider-verifier"]
+    assert cli_complete.certified(context, "host1") == ["host1-agent"]
+    assert cli_complete.certified(context, "agent-") == ["agent-web1"]
+    assert cli_complete.certified(context, "alice-") == [
+        "alice-client",
+        "alice-operator",
+        "alice-registrar",
+        "alice-verifier",
+    ]
+    assert "provider-operator" in cli_complete.certified(context, "")
+    assert cli_complete.logs(context, "") == []
 
 
 def test_completion_without_a_lab_offers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +275,8 @@ def test_completion_without_a_lab_offers_nothing(tmp_path: Path, monkeypatch: py
     for context in (missing, broken):
         assert cli_complete.tenants(context, "") == cli_complete.guests(context, "") == []
         assert cli_complete.hosts(context, "") == []
+        assert cli_complete.lab_services(context, "") == cli_complete.certified(context, "") == []
+        assert cli_complete.logs(context, "") == []
 
 
 # --- words for people -------------------------------------------------------------------------------------

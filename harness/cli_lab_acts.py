@@ -1,0 +1,90 @@
+"""`harness lab renew|power-cycle|replace-tpm`: what is done to a lab that runs, in the place of its operators.
+
+Invariants:
+    1. What changes trust or keys needs a reason, which goes into the audit trail of each party.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness import cli_complete, cli_show, cli_site
+from harness.cli_help import AsJson, Lab, Reason, examples
+from harness.errors import ConfigError
+
+SOON_DAYS = 30
+"""`lab status` shows how long a certificate is valid when it is less than this."""
+_LONGEST_DAYS = 36_500.0
+_HOW = {"call": "the service has it in use", "file": "in its file, for its next use"}
+
+
+def _days(value: float) -> float:
+    if math.isnan(value) or not 0 < value <= _LONGEST_DAYS:
+        raise typer.BadParameter(f"{value:g} must be more than 0 up to {_LONGEST_DAYS:g} days")
+    return value
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands to the group."""
+    app.command(
+        "renew",
+        epilog=examples(
+            'harness lab renew --reason "the yearly renewal"',
+            'harness lab renew alice-verifier alice-operator --days 30 --reason "ends on Friday"',
+        ),
+    )(renew)
+
+
+def renew(
+    reason: Reason,
+    services: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SERVICE]...",
+            help="Whose (default: all services, agents and operators of the lab).",
+            show_default=False,
+            autocompletion=cli_complete.certified,
+        ),
+    ] = None,
+    days: Annotated[
+        float, typer.Option("--days", metavar="N", callback=_days, help="For how long they are valid.")
+    ] = 365.0,
+    lab: Lab = None,
+    as_json: AsJson = False,
+) -> None:
+    """Renew certificates on the same keys: a running service takes its own at once, others find it in their file.
+
+    Nothing has to be enrolled or started anew. Services are named as `lab status` shows them; a guest's agent is
+    agent-GUEST, an operator provider-operator or TENANT-operator, a tenant's client TENANT-client.
+    """
+    import asyncio
+
+    from harness import console, lab_renewal
+
+    cli_site.site_of(lab)  # says what is wrong with a lab that was never started
+    folder = cli_site.control_of(lab).folder
+    with console.progress("renewing certificates"):
+        done = asyncio.run(lab_renewal.renew(folder, services or [], days, reason))
+    if as_json:
+        console.print_json([each.as_json() for each in done])
+        return
+    rows = [(each.name, cli_show.time(each.expires.timestamp()), _HOW[each.by]) for each in done]
+    console.print_table(("certificate", "valid until", "how"), rows, empty="nothing was renewed")
+
+
+def ending(folder: Path) -> dict[str, str]:
+    """Certificates of a lab that end within `SOON_DAYS`, with what is left of them, for people.
+
+    A certificate that cannot be read is not judged here: its service says what is wrong with it.
+    """
+    from harness import lab_renewal
+
+    try:
+        left = {name: days for name, days in lab_renewal.days_left(folder).items() if days < SOON_DAYS}
+    except ConfigError:
+        return {}
+    return {name: f"{math.floor(days)} days" if days >= 0 else "expired" for name, days in left.items()}
