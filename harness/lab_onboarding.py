@@ -46,9 +46,11 @@ READY_S = 60.0
 _ENROLMENT_S = 120.0
 _GUEST_S = 90.0
 _VERDICT_S = 120.0
+_SOON_S = 30.0
 _POLL_S = 0.05
 _PARALLEL = 8
 _ENDED = frozenset(state.name for state in STOPPED)
+_DELIVERING = frozenset({State.PROVIDE_V.name, State.PROVIDE_V_RETRY.name})
 
 
 class Onboarding:
@@ -212,8 +214,14 @@ class Onboarding:
         )
         await self._tenants[guest.tenant].admit(contact, order)
 
-    async def verdict(self, guest: GuestPlan, contact: Contact) -> GuestOutcome:
+    async def verdict(self, guest: GuestPlan, contact: Contact, *, anew: bool = False) -> GuestOutcome:
         """How a guest stands, as soon as it is attested or refused.
+
+        Args:
+            guest: of the plan.
+            contact: what `registered` gave.
+            anew: whether a round must have been accepted since now, if one is due soon: what was believed before does
+                not count.
 
         Raises:
             DeadlineExceeded: neither in time.
@@ -222,14 +230,22 @@ class Onboarding:
         """
         if isinstance(contact, EnrolmentError):
             return GuestOutcome.not_enrolled(guest, contact)
-        operator, payload = self._tenants[guest.tenant], self._plan.tenant(guest.tenant).payload
-        until = time.monotonic() + _VERDICT_S
+        operator, tenant = self._tenants[guest.tenant], self._plan.tenant(guest.tenant)
+        payload = tenant.payload
+        anew = anew and tenant.quote_interval_s <= _SOON_S
+        until, before = time.monotonic() + _VERDICT_S, None
         while True:
             view = await self._patiently(lambda: operator.attestation(guest.agent_id))
+            before = view["attestation_count"] if before is None else before
+            believed = view["attested"] and not (anew and view["attestation_count"] == before)
             delivered = payload is None or (view["payload_released"] and view["state"] != State.PROVIDE_V.name)
-            if view["state"] in _ENDED or (view["attested"] and delivered):
+            if contact is None:  # its order was given by an earlier run, perhaps before there was a payload
+                delivered = view["state"] not in _DELIVERING
+            if view["state"] in _ENDED or (believed and delivered):
                 has_payload = await asyncio.to_thread(self._has_payload, guest, payload)
-                return GuestOutcome.attested(guest, view, has_payload, expected=payload is not None)
+                return GuestOutcome.attested(
+                    guest, view, has_payload, expected=payload is not None and contact is not None
+                )
             if time.monotonic() > until:
                 why = f": {view['detail']}" if view["detail"] else ""
                 raise DeadlineExceeded(

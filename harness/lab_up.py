@@ -104,7 +104,7 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
         with console.progress("bringing the services to what the topology says"):
             changed = await control.apply(topology)
     async with Onboarding(files, _site(control)) as operators:
-        outcomes, admitted = await _attest(operators, files.plan)
+        outcomes, admitted = await _attest(operators, files.plan, anew=changed)
     LabRecord(control.folder).note_hosts({name: str(host_id) for name, host_id in operators.host_ids.items()})
     return UpResult(
         folder=control.folder,
@@ -124,7 +124,7 @@ def _site(control: LabControl) -> config.SiteSettings:
     return config.load(control.folder / SITE_FILE, config.SiteSettings)
 
 
-async def _attest(operators: Onboarding, plan: LabPlan) -> tuple[list[GuestOutcome], bool]:
+async def _attest(operators: Onboarding, plan: LabPlan, *, anew: bool) -> tuple[list[GuestOutcome], bool]:
     """Verdicts on all guests, and whether one of them was put under attestation just now."""
     with console.progress("onboarding tenants and hosts"):
         await operators.onboard()
@@ -132,7 +132,9 @@ async def _attest(operators: Onboarding, plan: LabPlan) -> tuple[list[GuestOutco
         refusals = await asyncio.gather(*(_enrol(operators, tenant.name) for tenant in plan.tenants))
     refused = {tenant.name: error for tenant, error in zip(plan.tenants, refusals, strict=True) if error is not None}
     with console.progress(f"starting and attesting {len(plan.guests)} guests"):
-        done = await asyncio.gather(*(_guest(operators, guest, refused.get(guest.tenant)) for guest in plan.guests))
+        done = await asyncio.gather(
+            *(_guest(operators, guest, refused.get(guest.tenant), anew=anew) for guest in plan.guests)
+        )
     return [outcome for outcome, _ in done], any(admitted for _, admitted in done)
 
 
@@ -144,13 +146,16 @@ async def _enrol(operators: Onboarding, tenant: str) -> HarnessError | None:
     return None
 
 
-async def _guest(operators: Onboarding, guest: GuestPlan, refused: HarnessError | None) -> tuple[GuestOutcome, bool]:
+async def _guest(
+    operators: Onboarding, guest: GuestPlan, refused: HarnessError | None, *, anew: bool
+) -> tuple[GuestOutcome, bool]:
     if refused is not None:
         return GuestOutcome.not_enrolled(guest, refused), False
     try:
         image = await operators.start_guest(guest)
         contact = await operators.registered(guest, image)
         await operators.admit(guest, contact)
-        return await operators.verdict(guest, contact), contact is not None and not isinstance(contact, EnrolmentError)
+        outcome = await operators.verdict(guest, contact, anew=anew and contact is None)
+        return outcome, contact is not None and not isinstance(contact, EnrolmentError)
     except HarnessError as error:
         return GuestOutcome.not_enrolled(guest, error), True
