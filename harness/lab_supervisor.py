@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from harness import events
-from harness.errors import Conflict, HarnessError, MalformedMessage
+from harness.errors import ConfigError, Conflict, HarnessError, MalformedMessage
 from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, open_folder
 from harness.lab_plan import LabPlan, plan_of
 from harness.lab_record import LabRecord
@@ -95,8 +95,8 @@ class Supervisor:
         while line := await reader.readline():
             try:
                 answer = await self._carry_out(parse_json(line, limit=_LINE_LIMIT))
-            except HarnessError as error:
-                answer = {"error": type(error).__name__, "detail": error.detail}
+            except (HarnessError, OSError) as error:
+                answer = _told(error)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
 
@@ -163,12 +163,19 @@ def main() -> int:
 
     try:
         asyncio.run(_until_told(Supervisor(folder, topology, say)))
-    except HarnessError as error:
+    except (HarnessError, OSError) as error:  # also a full disk, a folder that cannot be written
         if answer.closed:
             raise
-        say({"error": type(error).__name__, "detail": error.detail})
+        say(_told(error))
         return 2
     return 0
+
+
+def _told(error: HarnessError | OSError) -> dict[str, object]:
+    if isinstance(error, HarnessError):
+        return {"error": type(error).__name__, "detail": error.detail}
+    where = f"{error.filename}: " if error.filename else ""
+    return {"error": ConfigError.__name__, "detail": f"{where}{error.strerror or error}"}
 
 
 async def _until_told(supervisor: Supervisor) -> None:
