@@ -6,7 +6,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.support.postgres import program
 
@@ -31,6 +34,33 @@ def missing_for_postgres() -> tuple[str, ...]:
     tools = [] if os.geteuid() != 0 or shutil.which("setpriv") else ["setpriv"]
     modules = [name for name in ("asyncpg",) if importlib.util.find_spec(name) is None]
     return (*programs, *tools, *modules)
+
+
+@functools.cache
+def missing_for_mount() -> tuple[str, ...]:
+    """Programs and rights that tests with a disk of their own need and this machine lacks."""
+    programs = [name for name in ("mount", "umount", "unshare") if shutil.which(name) is None]
+    if programs:
+        return tuple(programs)
+    with tempfile.TemporaryDirectory() as name:
+        tried = subprocess.run(
+            ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", name], capture_output=True, timeout=30, check=False
+        )
+    return () if tried.returncode == 0 else ("the right to mount",)
+
+
+@functools.cache
+def missing_for_faketime() -> tuple[str, ...]:
+    """What tests with a system clock that jumps need and this machine lacks."""
+    return () if faketime_library() is not None else ("libfaketime",)
+
+
+def faketime_library() -> Path | None:
+    """The library that a program is started with for its clock to be the test's."""
+    found = (
+        path for place in ("/usr/lib", "/usr/lib64") for path in Path(place).glob("**/faketime/libfaketimeMT.so.1")
+    )
+    return next(found, None)
 
 
 def skipped_everything(counts: Mapping[str, int]) -> bool:
