@@ -78,7 +78,7 @@ def guest_add(
 
     Exits 1 when the registrar refuses its vTPM or its agent cannot be believed.
     """
-    from harness.tenant.operator import Order
+    from harness.tenant.order import Order
 
     site = cli_site.site_of(lab)
     own = cli_site.tenant_of(site, tenant)
@@ -219,7 +219,7 @@ def guest_re_enrol(
 
     async def re_enrol(operator: TenantOperator) -> None:
         from harness.console import progress
-        from harness.tenant.operator import Order
+        from harness.tenant.order import Order
 
         agent_id = await cli_site.guest_of(site, operator, guest)
         target = None if host is None else await cli_site.enrolled_host(operator, host)

@@ -20,7 +20,8 @@ from harness.lab_site import LabSite
 from harness.sim.boot import Scenario, replay
 from harness.sim.swtpm import manufacture
 from harness.swtpm import SwtpmProcess
-from harness.tenant.operator import GuestContact, TenantOperator
+from harness.tenant.operator import TenantOperator
+from harness.tenant.order import GuestContact
 from harness.tpm import Tpm
 from harness.unix_client import ask
 

@@ -34,7 +34,8 @@ from harness.lab_site import LabSite, write_image
 from harness.peer import PeerClient
 from harness.pki import Role
 from harness.provider.operator import ProviderOperator
-from harness.tenant.operator import GuestContact, Order, TenantOperator
+from harness.tenant.operator import TenantOperator
+from harness.tenant.order import GuestContact, Order
 from harness.tenant.states import STOPPED, State
 from harness.unix_client import ask
 from harness.values import AgentId, HostId, parse_agent_id, parse_host_id

@@ -26,23 +26,21 @@ import secrets
 import string
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from harness import errors
-from harness.attest import Public, parse_public
+from harness.attest import parse_public
 from harness.config import TlsSettings
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, MalformedMessage, NotFound
 from harness.keylime_wire import parse_quote
 from harness.peer import PeerClient
 from harness.pki import Role
-from harness.tenant.agent_request import GUEST_BANK
 from harness.tenant.appraisal import verify_transport_key
 from harness.tenant.client import AGENT_API, parse_pem
 from harness.tenant.operator_acts import OperatorActs, list_of, object_of, reasoned
+from harness.tenant.order import GuestContact, Order, order_in_force, request_of
 from harness.tenant.payload import parse_transport_key, seal_payload, wrap_share
-from harness.tenant.policy import Policy, parse_policy
-from harness.values import AgentId, HashAlg, HostId
+from harness.values import AgentId, HostId
 
 _ENROL_S = 610.0
 """All hosts of a provider, six per minute: the registrar gives up first."""
@@ -56,40 +54,6 @@ _REFUSALS: dict[str, type[HarnessError]] = {
     "KeyChanged": errors.KeyChanged,
     "CloneSuspected": errors.CloneSuspected,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestContact:
-    """A guest that has registered: its pinned AK and where its agent is reached."""
-
-    agent_id: AgentId
-    ak: Public
-    ip: str
-    port: int
-    mtls_cert: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """How a guest shall be attested.
-
-    Args:
-        guest_policy: reference values of the guest.
-        host_policy: reference values of the host, in one bank.
-        provider_verifier: where host quotes are asked for; None: none are needed.
-        payload: what the guest gets when both layers were accepted; None: nothing.
-        allow_reboots: whether a reset is reported instead of refused.
-        quote_interval_s: seconds between two rounds.
-        provider_quote_interval: rounds between two host quotes.
-    """
-
-    guest_policy: Policy
-    host_policy: Policy
-    provider_verifier: str | None
-    payload: bytes | None = field(default=None, repr=False)
-    allow_reboots: bool = False
-    quote_interval_s: float = 2.0
-    provider_quote_interval: int = 1
 
 
 class TenantOperator(OperatorActs):
@@ -176,7 +140,7 @@ class TenantOperator(OperatorActs):
         *Cancellation:* the guest may hold U; without V that is worth nothing.
         """
         v = None if order.payload is None else await self._hand_over(contact, order.payload)
-        await self._verifier.post(f"/{AGENT_API}/agents/{contact.agent_id}", _request(contact, order, v))
+        await self._verifier.post(f"/{AGENT_API}/agents/{contact.agent_id}", request_of(contact, order, v))
 
     async def stated(self) -> list[Mapping[str, Any]]:
         """All stated guests, as the registrar knows them."""
@@ -206,18 +170,7 @@ class TenantOperator(OperatorActs):
             MalformedMessage: the verifier's answer cannot be used.
         """
         view, policy = await self.attestation(agent_id), await self.policy(agent_id)
-        try:
-            return Order(
-                guest_policy=parse_policy(policy["guest_policy"]),
-                host_policy=parse_policy(policy["host_policy"]),
-                provider_verifier=view["provider_verifier"] if view["need_provider_quote"] else None,
-                payload=payload,
-                allow_reboots=view.get("allow_reboots") is True,
-                quote_interval_s=float(view["quote_interval_s"]),
-                provider_quote_interval=int(view["provider_quote_interval"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise MalformedMessage(f"the verifier does not say how guest {agent_id} is attested: {error}") from None
+        return order_in_force(view, policy, payload)
 
     async def end_attestation(self, agent_id: AgentId, reason: str | None = None) -> None:
         """Ends a guest's attestation; its keys stay pinned. Raises NotFound when it is not under attestation."""
@@ -257,26 +210,6 @@ class TenantOperator(OperatorActs):
             }
             await guest.post(f"/{AGENT_API}/keys/ukey", body)
         return sealed.v
-
-
-def _request(contact: GuestContact, order: Order, v: bytes | None) -> dict[str, object]:
-    host = order.host_policy.selection.banks
-    bank, host_mask = host[0] if host else (HashAlg.SHA256, 1)
-    request: dict[str, object] = {
-        "cloudagent_ip": contact.ip,
-        "cloudagent_port": contact.port,
-        "need_provider_quote": order.provider_verifier is not None,
-        "provider_verifier": order.provider_verifier,
-        "provider_quote_interval": order.provider_quote_interval,
-        "guest_mask": f"{order.guest_policy.selection.mask(GUEST_BANK):#x}",
-        "guest_policy": order.guest_policy.encode(),
-        "host_mask": f"{host_mask:#x}",
-        "hash_alg": bank.text,
-        "host_policy": order.host_policy.encode(),
-        "allow_reboots": order.allow_reboots,
-        "quote_interval_s": order.quote_interval_s,
-    }
-    return request if v is None else {**request, "v": _base64(v)}
 
 
 def _base64(data: bytes) -> str:

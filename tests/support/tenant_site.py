@@ -33,7 +33,8 @@ from harness.messages import encode_proof, encode_shared, parse_verifier_query
 from harness.peer import PeerClient
 from harness.pki import Role, now
 from harness.tenant.guest_agent import GuestAgent
-from harness.tenant.operator import Order, TenantOperator
+from harness.tenant.operator import TenantOperator
+from harness.tenant.order import Order
 from harness.tenant.policy import Policy
 from harness.tenant.registrar import TenantRegistrar
 from harness.tenant.verifier import TenantVerifier

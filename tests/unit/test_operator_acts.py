@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
 
+from harness.attest import Public
 from harness.config import TlsSettings
 from harness.errors import ConfigError, MalformedMessage, NotFound
 from harness.peer import PeerClient
 from harness.provider.operator import ProviderOperator
 from harness.tenant.operator import TenantOperator
-from harness.tenant.policy import parse_policy
+from harness.tenant.order import GuestContact, Order, request_of
+from harness.tenant.policy import Policy, parse_policy
 from harness.values import HashAlg, PcrSelection, parse_agent_id, parse_host_id
 from tests.support.cli_operators import AGENT_ID, HOST_ID, OTHER_HOST_ID, POLICIES, POLICY
 
@@ -24,7 +27,14 @@ VIEW = {
     "allow_reboots": True,
     "quote_interval_s": 5.0,
     "provider_quote_interval": 3,
+    "guest_mask": "0xff",
+    "host_mask": "0x3ff",
+    "hash_alg": "sha384",
+    "round_deadline_s": 30.0,
+    "clock_unsafe_limit_s": 4000.0,
 }
+
+CONTACT = GuestContact(agent_id=AGENT, ak=cast(Public, None), ip="10.0.0.7", port=9002, mtls_cert="PEM")
 
 
 class Service:
@@ -151,15 +161,44 @@ async def test_an_order_is_given_again_as_it_was() -> None:
     assert (order.guest_policy.encode(), order.host_policy.encode()) == (POLICY, POLICY)
     assert (order.quote_interval_s, order.provider_quote_interval) == (5.0, 3)
     assert (order.provider_verifier, order.allow_reboots, order.payload) == ("https://provider", True, b"secret")
+    assert (order.round_deadline_s, order.clock_unsafe_limit_s) == (30.0, 4000.0)
+    assert (order.guest_quoted, order.host_quoted) == (
+        PcrSelection.of(HashAlg.SHA256, 0xFF),
+        PcrSelection.of(HashAlg.SHA384, 0x3FF),
+    )
+
+
+async def test_an_order_given_again_asks_for_the_same() -> None:
+    """The verifier is sent the masks and limits that were in force, not those that follow from the policies."""
+    order = await tenant(Service(), attested(VIEW)).former_order(AGENT)
+    sent = request_of(CONTACT, order, None)
+    assert {name: sent[name] for name in VIEW} == VIEW
+    assert (sent["guest_policy"], sent["host_policy"]) == (POLICY, POLICY)
+    assert "v" not in sent
+
+
+def test_what_is_not_ordered_is_left_to_the_verifier() -> None:
+    """Without masks the policies' own PCRs are quoted; limits that nobody ordered are not sent."""
+    policy = parse_policy(POLICY)
+    sent = request_of(CONTACT, Order(guest_policy=policy, host_policy=policy, provider_verifier=None), b"v" * 32)
+    assert (sent["guest_mask"], sent["host_mask"], sent["hash_alg"]) == ("0x11", "0x11", "sha256")
+    assert sent.keys().isdisjoint({"round_deadline_s", "clock_unsafe_limit_s"})
+    assert sent["v"] == base64.b64encode(b"v" * 32).decode()
+    bare = Order(guest_policy=policy, host_policy=Policy({}), provider_verifier=None)
+    assert (request_of(CONTACT, bare, None)["host_mask"], request_of(CONTACT, bare, None)["hash_alg"]) == (
+        "0x1",
+        "sha256",
+    )
 
 
 async def test_a_guest_without_host_quotes_stays_one() -> None:
     """Where no provider quote was needed none is asked for."""
     order = await tenant(Service(), attested({**VIEW, "need_provider_quote": False})).former_order(AGENT)
     assert order.provider_verifier is None
+    assert request_of(CONTACT, order, None)["need_provider_quote"] is False
 
 
-@pytest.mark.parametrize("missing", ["quote_interval_s", "need_provider_quote", "provider_quote_interval"])
+@pytest.mark.parametrize("missing", sorted(VIEW.keys() - {"allow_reboots"}))
 async def test_an_order_is_not_guessed(missing: str) -> None:
     """A verifier that does not say how a guest is attested leaves no order."""
     view = {name: value for name, value in VIEW.items() if name != missing}
