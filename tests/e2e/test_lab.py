@@ -9,10 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,25 +37,12 @@ def lab() -> Iterator[RunningLab]:
         yield running
 
 
-def pinned(lab: RunningLab) -> dict[str, Any]:
-    """What the tenants have pinned: the keys of their hosts and guests."""
-    found: dict[str, Any] = {}
-    for tenant in ("alice", "bob"):
-        hosts = lab.run("tenant", "host", "list", "--tenant", tenant, "--json")
-        guests = lab.run("tenant", "guest", "list", "--tenant", tenant, "--json")
-        found |= {f"{tenant} {host['host_id']}": (host["ak"], host["ca"]) for host in json.loads(hosts.stdout)}
-        found |= {
-            guest["agent_id"]: (guest["state"], guest["attestation"]["ak_name"]) for guest in json.loads(guests.stdout)
-        }
-    return found
-
-
 def test_a_second_up_changes_nothing(lab: RunningLab) -> None:
     """The same processes go on, nobody enrols again, and the answer says so."""
-    before = lab.pids(), pinned(lab)
+    before = lab.pids(), lab.pinned()
     shown = lab.up()
     assert not shown["changed"]
-    assert (lab.pids(), pinned(lab)) == before
+    assert (lab.pids(), lab.pinned()) == before
 
 
 def test_the_status_has_exactly_the_documented_members(lab: RunningLab) -> None:
@@ -163,7 +148,7 @@ def test_an_unusable_topology_changes_nothing(lab: RunningLab) -> None:
 
 def test_state_survives_down_and_up(lab: RunningLab) -> None:
     """Down leaves no process, no socket and no lock; up goes on with the same keys and without a new enrolment."""
-    before, rows = pinned(lab), lab.guests()
+    before, rows = lab.pinned(), lab.guests()
     assert lab.run("lab", "down").returncode == 0
     assert left_by(lab.state) == {}
     assert [path for path in lab.state.rglob("*") if path.is_socket()] == []
@@ -174,20 +159,20 @@ def test_state_survives_down_and_up(lab: RunningLab) -> None:
     assert (again.returncode, "was down already" in again.stdout) == (0, True)
     assert lab.up()["changed"]
     lab.until_attested(count=3)
-    assert pinned(lab) == before
+    assert lab.pinned() == before
     assert all(lab.guests()[guest]["attestations"] > row["attestations"] for guest, row in rows.items())
 
 
 def test_a_killed_supervisor_takes_everything_along(lab: RunningLab) -> None:
     """No service outlives it, the lab is down, and up brings everything back."""
-    before = pinned(lab)
-    supervisor = json.loads(_asked(lab.state / "run" / "s", {"op": "status"}))["pid"]
+    before = lab.pinned()
+    supervisor = lab.supervisor()["pid"]
     os.kill(supervisor, signal.SIGKILL)
     assert left_by(lab.state) == {}
     assert lab.run("lab", "status").returncode == 1
     lab.up()
     lab.until_attested(count=3)
-    assert pinned(lab) == before
+    assert lab.pinned() == before
 
 
 def test_an_interrupted_up_is_completed_by_the_next_one() -> None:
@@ -261,18 +246,6 @@ def test_an_example_is_written_once(tmp_path: Path) -> None:
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (second.returncode, (tmp_path / "lab.yml").read_text()) == (2, "mine")
     assert "exists" in second.stderr
-
-
-def _asked(path: Path, request: dict[str, object]) -> bytes:
-    until = time.monotonic() + 10
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
-        sock.connect(str(path))
-        sock.sendall(json.dumps(request).encode() + b"\n")
-        said = b""
-        while not said.endswith(b"\n") and time.monotonic() < until:
-            said += sock.recv(65536)
-    return said
 
 
 def _imports(path: Path) -> list[str]:
