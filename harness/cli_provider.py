@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import cli_complete, cli_names, cli_policy_view, cli_provider_guest, cli_show, cli_site
+from harness import cli_complete, cli_policy_view, cli_provider_guest, cli_show, cli_site
 from harness.cli_help import AsJson, HostName, Lab, OptionalReason, Reason, examples, group
 from harness.cli_tenant_alarms import show_audit
 from harness.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
     from harness.provider.operator import ProviderOperator
-    from harness.values import HostId, PcrSelection
+    from harness.values import PcrSelection
 
 app = group("Act as the provider's operator: tenants, what they may see, hosts and guests.")
 tenant_app = group("Tenants, and the PCRs of each host that they may see.")
@@ -135,7 +135,7 @@ def host_remove(host: Host, reason: Reason, lab: Lab = None) -> None:
     """Forget a host on which no guest is defined, with what tenants may see of it."""
 
     async def remove(operator: ProviderOperator) -> None:
-        await operator.remove_host(await _host(operator, host), reason)
+        await operator.remove_host(await cli_provider_guest.known_host(operator, host), reason)
 
     cli_site.as_provider(cli_site.site_of(lab), remove)
 
@@ -157,7 +157,11 @@ def host_replace(
     """
 
     async def replace(operator: ProviderOperator) -> None:
-        await operator.replace_host(await _host(operator, old), await _host(operator, new), reason)
+        await operator.replace_host(
+            await cli_provider_guest.known_host(operator, old),
+            await cli_provider_guest.known_host(operator, new),
+            reason,
+        )
 
     cli_site.as_provider(cli_site.site_of(lab), replace)
 
@@ -201,17 +205,6 @@ async def _on_host(local_socket: Path | None) -> list[Mapping[str, Any]]:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------
-
-
-async def _host(operator: ProviderOperator, text: str) -> HostId:
-    from harness.values import parse_host_id
-
-    if cli_names.is_id(text):
-        return parse_host_id(text)
-    hosts = await operator.hosts()
-    names = {str(host["host_id"]): str(host.get("name")) for host in hosts}
-    known = {*names, *(str(host["replacement"]) for host in hosts if host.get("replacement"))}
-    return parse_host_id(cli_names.pick(text, known, names, what="host", listing="harness provider host list"))
 
 
 def _selection(bank: str, pcrs: str) -> PcrSelection:

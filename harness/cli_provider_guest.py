@@ -145,6 +145,37 @@ def guest_release(guest: Guest, reason: Reason, host: HostName = None, lab: Lab 
     cli_site.as_provider(site, release)
 
 
+@app.command(
+    "move", epilog=examples('harness provider guest move web1 --host host2 --reason "host1 is taken out of service"')
+)
+def guest_move(
+    guest: Guest,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="HOST_ID",
+            help="Where it runs from now on: the host's id, the first characters of it, or its name.",
+            autocompletion=cli_complete.hosts,
+        ),
+    ],
+    reason: Reason,
+    lab: Lab = None,
+) -> None:
+    """Record that a guest runs on another host from now on; it has to register there anew.
+
+    This is the record alone. The guest itself is undefined on the old host, and defined and started on the new one,
+    where its vTPM is certified anew; its tenant states the new host (`harness tenant guest re-enrol --host`).
+    """
+    site = cli_site.site_of(lab)
+
+    async def move(operator: ProviderOperator) -> None:
+        agent_id, _ = await _find(operator, site, guest)
+        await operator.move_guest(agent_id, await known_host(operator, host), reason)
+
+    cli_site.as_provider(site, move)
+
+
 @app.command("remove", epilog=examples('harness provider guest remove web1 --reason "no longer needed"'))
 def guest_remove(guest: Guest, reason: OptionalReason = None, lab: Lab = None) -> None:
     """Stop a guest, destroy its vTPM and its image, and forget whose it was."""
@@ -169,6 +200,22 @@ async def announced(operator: ProviderOperator, name: str) -> HostId:
         if entry["name"] == name:
             return parse_host_id(entry["host_id"])
     raise NotFound(f"host {name} has not announced itself yet")
+
+
+async def known_host(operator: ProviderOperator, text: str) -> HostId:
+    """Id of a host from what was typed: an id, the beginning of one, or a name.
+
+    Raises:
+        NotFound, ConfigError: it fits none, or several (`cli_names.pick`).
+    """
+    from harness.values import parse_host_id
+
+    if cli_names.is_id(text):
+        return parse_host_id(text)
+    hosts = await operator.hosts()
+    names = {str(host["host_id"]): str(host.get("name")) for host in hosts}
+    known = {*names, *(str(host["replacement"]) for host in hosts if host.get("replacement"))}
+    return parse_host_id(cli_names.pick(text, known, names, what="host", listing="harness provider host list"))
 
 
 def _scenario(stated: str) -> str:

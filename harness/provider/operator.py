@@ -66,6 +66,10 @@ class ProviderOperator:
         body = {"agent_id": str(agent_id), "tenant": tenant, "host_id": str(host_id), "name": name}
         await self._registrar.post("/v1/guests", body)
 
+    async def move_guest(self, agent_id: AgentId, host_id: HostId, reason: str) -> None:
+        """Puts a guest on another host, where it registers anew. Raises NotFound, or Conflict when it is there."""
+        await self._registrar.put(f"/v1/guests/{agent_id}/host", {"host_id": str(host_id), "reason": reason})
+
     async def guests(self) -> list[Mapping[str, Any]]:
         """All guests, with what their hosts report."""
         return _list(await self._registrar.get("/v1/guests"), "guests")

@@ -99,9 +99,25 @@ def test_a_host_is_replaced_by_what_its_agent_announces(
     assert operator.acts("replace_host") == [("replace_host", HOST_ID, OTHER_HOST_ID, "ticket 4711")]
 
 
+@pytest.mark.parametrize("typed", [OTHER_HOST_ID, OTHER_HOST_ID[:5], "host2"])
+def test_a_guest_is_put_on_another_host(lab: Path, operator: Operator, typed: str) -> None:
+    """The registrar gets both complete ids and the reason; the guest's own host is not asked for anything."""
+    operator.answers["hosts"] = [
+        {**HOST, "name": "host1", "replacement": None},
+        {**HOST, "host_id": OTHER_HOST_ID, "name": "host2", "replacement": None},
+    ]
+    assert provider(lab, "guest", "move", "web1", "--host", typed, *WHY) == 0
+    assert operator.acts("move_guest") == [("move_guest", AGENT_ID, OTHER_HOST_ID, "ticket 4711")]
+
+
 @pytest.mark.parametrize(
     "words",
-    [["host", "remove", HOST_ID], ["host", "replace", HOST_ID, OTHER_HOST_ID], ["guest", "release", AGENT_ID]],
+    [
+        ["host", "remove", HOST_ID],
+        ["host", "replace", HOST_ID, OTHER_HOST_ID],
+        ["guest", "release", AGENT_ID],
+        ["guest", "move", AGENT_ID, "--host", OTHER_HOST_ID],
+    ],
     ids=" ".join,
 )
 def test_acts_on_hosts_and_their_journals_need_a_reason(lab: Path, operator: Operator, words: list[str]) -> None:

@@ -225,6 +225,7 @@ async def test_each_act_of_the_provider_carries_its_reason() -> None:
     await operator.add_tenant("carol", "PEM")
     await operator.allow("carol", HOST, PcrSelection.from_lists({HashAlg.SHA256: [0, 7]}), WHY)
     await operator.replace_host(HOST, OTHER_HOST, WHY)
+    await operator.move_guest(AGENT, OTHER_HOST, WHY)
     await operator.remove_host(HOST, WHY)
     await operator.remove_guest(AGENT)
     assert registrar.calls == [
@@ -232,6 +233,7 @@ async def test_each_act_of_the_provider_carries_its_reason() -> None:
         ("POST", "/v1/tenants", {"name": "carol", "ca": "PEM"}),
         ("PUT", f"/v1/tenants/carol/allowlists/{HOST_ID}", [("reason", WHY)], {"sha256": [0, 7]}),
         ("PUT", f"/v1/hosts/{HOST_ID}/replace", {"host_id": OTHER_HOST_ID, "reason": WHY}),
+        ("PUT", f"/v1/guests/{AGENT_ID}/host", {"host_id": OTHER_HOST_ID, "reason": WHY}),
         ("DELETE", f"/v1/hosts/{HOST_ID}", [("reason", WHY)]),
         ("DELETE", f"/v1/guests/{AGENT_ID}"),
     ]
