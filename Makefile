@@ -1,7 +1,7 @@
 # The commands of this project; `make` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-for-tests demo test lint coverage clean distclean
+.PHONY: help setup setup-for-tests demo test lint soak clean distclean
 
 BIN := .venv/bin
 
@@ -17,14 +17,14 @@ setup-for-tests:
 demo: setup ## two tenants attest their guests and the host below them (ARGS="--tamper host-kernel")
 	@$(BIN)/harness demo $(ARGS)
 
-test: setup-for-tests ## lint, types, unit tests on every Python found, end-to-end tests (ARGS="-e py311")
+test: setup-for-tests ## lint, types, unit tests on every Python found, end-to-end tests, coverage (ARGS="-e py311")
 	@$(BIN)/python tools/pythons.py tox $(ARGS)
 
 lint: setup ## the quick checks: format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-coverage: setup-for-tests ## branch coverage of core, provider and tenant, each at least 90 %
-	@$(BIN)/python tools/pythons.py tox -e coverage
+soak: setup-for-tests ## kill the processes of a running lab at random (FOR=600), and see it recover
+	@HARNESS_SOAK_S=$(or $(FOR),600) $(BIN)/python tools/pythons.py tox -e soak $(ARGS)
 
 clean: ## remove what tests and builds left behind; .venv stays
 	@rm -rf .tox build dist .coverage .coverage.* coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis
