@@ -18,11 +18,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import config
+from harness import config, lab_ready
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, LocalRefusal, PeerUnreachable, SimulationError
 from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, short_name
 from harness.lab_record import LabRecord
@@ -126,16 +126,37 @@ class LabControl:
             await asyncio.sleep(_POLL_S)
         raise SimulationError(f"{service} is not up again after {_RESTART_S:g} s: {why}")
 
+    async def broken_services(self) -> dict[str, SimulationError]:
+        """Waits until every service answers or is known not to run; the latter by name, and why.
+
+        Raises:
+            ConfigError: the lab is down, or an operator's certificate cannot be used.
+        """
+
+        async def services() -> Sequence[Mapping[str, Any]]:
+            status = await self.status()
+            if status is None:
+                raise ConfigError(f"the lab in {self.folder} went down; see {self.log}")
+            shown: Sequence[Mapping[str, Any]] = status["services"]
+            return shown
+
+        return await lab_ready.broken_services(services, self._answers)
+
     async def _answers(self, service: Mapping[str, Any]) -> bool:
-        """Whether a service with an address speaks TLS there; the others have no more than their process."""
-        if service["url"] is None:
-            return True
+        """Whether a service speaks TLS at its address, or answers at its socket."""
         site = config.load(self.folder / SITE_FILE, config.SiteSettings)
-        owner = str(service["name"]).rpartition("-")[0]
-        tls = site.tenants[owner].operator if owner in site.tenants else site.provider.operator
+        owner, _, part = str(service["name"]).rpartition("-")
         try:
+            if service["url"] is None:
+                host = site.hosts[owner]
+                control, op = (host.hardware_control, "status") if part == "tpm" else (host.guest_manager, "list")
+                await ask(control, {"op": op}, deadline_s=_ASK_S)
+                return True
+            tls = site.tenants[owner].operator if owner in site.tenants else site.provider.operator
             async with PeerClient(tls, str(service["url"]), deadline_s=_ASK_S, roles=_SERVERS) as client:
                 await client.get("/version")
+        except ConfigError:
+            raise  # of our own files: it will not mend itself
         except HarnessError:
             return False
         return True

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,8 +93,11 @@ class Onboarding:
 
     # --- the provider -------------------------------------------------------------------------------------
 
-    async def onboard(self) -> None:
+    async def onboard(self, *, away: Collection[str] = ()) -> None:
         """Adds the tenants at the provider, waits for the hosts, and lets the tenants see what they may.
+
+        Args:
+            away: hosts that are not waited for.
 
         Raises:
             HarnessError: a service refused or did not answer in time.
@@ -106,20 +109,21 @@ class Onboarding:
             if tenant.name not in known:
                 pem = self._files.authorities[tenant.name].certificate.public_bytes(Encoding.PEM).decode()
                 await self.provider.add_tenant(tenant.name, pem)
-        self._hosts = await self._announced()
+        self._hosts = await self._announced(away)
         for tenant in self._plan.tenants:
             shown = known.get(tenant.name, {}).get("allowlists", {})
             for host_id in self._hosts.values():
                 if str(host_id) not in shown:
                     await self.provider.allow(tenant.name, host_id, tenant.allowlist)
 
-    async def _announced(self) -> dict[str, HostId]:
-        wanted = {host.name for host in self._plan.hosts}
+    async def _announced(self, away: Collection[str]) -> dict[str, HostId]:
+        planned = {host.name for host in self._plan.hosts}
+        wanted = planned.difference(away)
         until = time.monotonic() + self._wait_s
         while True:
             found = {str(host["name"]): parse_host_id(str(host["host_id"])) for host in await self.provider.hosts()}
             if wanted <= found.keys():
-                return {name: found[name] for name in wanted}
+                return {name: found[name] for name in planned & found.keys()}
             if time.monotonic() > until:
                 missing = ", ".join(sorted(wanted - found.keys()))
                 raise SimulationError(f"host {missing} has not announced itself within {self._wait_s:g} s")
@@ -144,7 +148,7 @@ class Onboarding:
                 await self._patiently(lambda host_id=host_id: operator.add_host(f"{url}/v1/hosts/{host_id}"))  # type: ignore[misc]
         stated = {str(guest["agent_id"]) for guest in await operator.guests()}
         for guest in self._plan.guests:
-            if guest.tenant == tenant and str(guest.agent_id) not in stated:
+            if guest.tenant == tenant and guest.host in self._hosts and str(guest.agent_id) not in stated:
                 await operator.state_guest(guest.agent_id, self._hosts[guest.host])
 
     async def start_guest(self, guest: GuestPlan) -> Path:

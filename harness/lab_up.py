@@ -2,7 +2,8 @@
 
 Invariants:
     1. What runs as the topology says is left alone; what it says no more is removed, in the order that loses nothing.
-    2. One tenant's or guest's refusal keeps no other from being attested.
+    2. One tenant's or guest's refusal keeps no other from being attested; neither does a service of theirs that cannot
+       run.
 
 Owner: the command line.
 
@@ -24,6 +25,7 @@ from harness.lab_folder import open_folder
 from harness.lab_onboarding import Onboarding
 from harness.lab_outcome import GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan, plan_of
+from harness.lab_ready import Broken, check_provider, concerned
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite
 from harness.lab_topology import SITE_FILE, folder_of, load_topology
@@ -78,7 +80,7 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
 
     Raises:
         ConfigError: the topology or the folder cannot be used, a port is taken, or a service refused.
-        HarnessError: a service did not come up in time.
+        HarnessError: a service of the provider did not come up.
 
     *Cancellation:* the lab goes on with what was started; `up` again completes it.
     """
@@ -93,18 +95,22 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
     if (await control.status()) is None:
         with console.progress("starting hardware TPMs and services"):
             await control.start(topology)
+            check_provider(await control.broken_services())
         changed = True
         files = _files(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:
             removed = await operators.remove(_REASON)
     else:
+        check_provider(await control.broken_services())
         files = _files(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:  # while the services of those who leave still run
             removed = await operators.remove(_REASON)
         with console.progress("bringing the services to what the topology says"):
             changed = await control.apply(topology)
+    broken = await control.broken_services()
+    check_provider(broken)
     async with Onboarding(files, _site(control)) as operators:
-        outcomes, admitted = await _attest(operators, files.plan, anew=changed)
+        outcomes, admitted = await _attest(operators, files.plan, broken, anew=changed)
     LabRecord(control.folder).note_hosts({name: str(host_id) for name, host_id in operators.host_ids.items()})
     return UpResult(
         folder=control.folder,
@@ -124,16 +130,23 @@ def _site(control: LabControl) -> config.SiteSettings:
     return config.load(control.folder / SITE_FILE, config.SiteSettings)
 
 
-async def _attest(operators: Onboarding, plan: LabPlan, *, anew: bool) -> tuple[list[GuestOutcome], bool]:
+async def _attest(
+    operators: Onboarding, plan: LabPlan, broken: Broken, *, anew: bool
+) -> tuple[list[GuestOutcome], bool]:
     """Verdicts on all guests, and whether one of them was put under attestation just now."""
+    hosts, refused = concerned(plan, broken)
     with console.progress("onboarding tenants and hosts"):
-        await operators.onboard()
+        await operators.onboard(away=hosts.keys())
     with console.progress("tenants enrol the hosts"):
-        refusals = await asyncio.gather(*(_enrol(operators, tenant.name) for tenant in plan.tenants))
-    refused = {tenant.name: error for tenant, error in zip(plan.tenants, refusals, strict=True) if error is not None}
+        tenants = [tenant.name for tenant in plan.tenants if tenant.name not in refused]
+        refusals = await asyncio.gather(*(_enrol(operators, tenant) for tenant in tenants))
+    refused |= {tenant: error for tenant, error in zip(tenants, refusals, strict=True) if error is not None}
     with console.progress(f"starting and attesting {len(plan.guests)} guests"):
         done = await asyncio.gather(
-            *(_guest(operators, guest, refused.get(guest.tenant), anew=anew) for guest in plan.guests)
+            *(
+                _guest(operators, guest, hosts.get(guest.host) or refused.get(guest.tenant), anew=anew)
+                for guest in plan.guests
+            )
         )
     return [outcome for outcome, _ in done], any(admitted for _, admitted in done)
 
