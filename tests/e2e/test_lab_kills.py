@@ -1,6 +1,6 @@
 """``kill -9`` of every process of a lab in turn: all guests are attested again, with the same keys, and nobody enrols.
 
-Recovery times are measured by tools/recovery.py; here only the bound counts.
+Recovery times are measured by `tests.soak.recovery`; here only the bound counts.
 """
 
 from __future__ import annotations
