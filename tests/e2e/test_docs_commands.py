@@ -2,83 +2,73 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
+import dataclasses
 import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import docs
+from tests.support.tours import BIN, run_blocks
 
 TIME_LIMIT_S = 100
-LAB_IN_DOCS = "/tmp/lab"
+TOUR_LIMIT_S = 600
+FOLDER_IN_DOCS = "~/lab"
 BLOCKS = docs.blocks("console")
-LAB_PAGES = sorted({block.file for block in BLOCKS if block.needs_lab})
-BIN = Path(sys.executable).parent
-PATH = os.pathsep.join([str(BIN), os.environ["PATH"]])
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Path]:
-    """A running lab, as `harness demo --keep` leaves it."""
-    with tempfile.TemporaryDirectory(prefix="hd") as folder:
-        arguments = ["demo", "--keep", "--json", "--lab", folder, "--chip", "swtpm", "--guests", "1"]
-        with subprocess.Popen(
-            [BIN / "harness", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as demo:
-            assert demo.stdout is not None
-            watchdog = threading.Timer(TIME_LIMIT_S, demo.kill)
-            watchdog.start()
-            said = []
-            for line in demo.stdout:
-                said.append(line.decode())
-                if "lab is running" in said[-1]:
-                    break
-            watchdog.cancel()
-            assert demo.poll() is None, f"the lab did not start: {''.join(said)}"
-            try:
-                yield Path(folder)
-            finally:
-                demo.send_signal(signal.SIGINT)
-                demo.communicate(timeout=TIME_LIMIT_S)
-
-
-def run(script: str, folder: Path) -> None:
-    """Run a script that stops at the first command that ends otherwise than the page says."""
-    ran = subprocess.run(
-        ["bash", "-ec", script],
-        cwd=folder,
-        env={**os.environ, "PATH": PATH},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT_S,
-        check=False,
-    )
-    assert ran.returncode == 0, f"{script}\n{ran.stdout}\n{ran.stderr}"
+TOURS = sorted({block.file for block in BLOCKS if block.tour})
 
 
 @pytest.mark.needs_swtpm
-@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.needs_lab], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.tour], ids=str)
 def test_the_commands_of_a_block_do_what_the_page_says(block: docs.Block, tmp_path: Path) -> None:
-    """Each command runs; all end with 0, the last one with the exit code that the block names."""
-    run(block.script, tmp_path)
+    """Each command prints what the page shows; all end with 0, the last one with the exit code that the block names."""
+    run_blocks([block], tmp_path, at_most_s=TIME_LIMIT_S)
 
 
 @pytest.mark.needs_swtpm
-@pytest.mark.parametrize("page", LAB_PAGES)
-def test_the_commands_of_a_page_work_in_a_running_lab(page: str, lab: Path, tmp_path: Path) -> None:
-    """The blocks of a page that need a lab do, one after the other, what the page says."""
-    script = "\n".join(block.script for block in BLOCKS if block.needs_lab and block.file == page)
-    run(script.replace(LAB_IN_DOCS, str(lab)), tmp_path)
+@pytest.mark.timeout(TOUR_LIMIT_S + 60)
+@pytest.mark.parametrize("page", TOURS)
+def test_the_commands_of_a_tour_do_what_the_page_says(page: str) -> None:
+    """The blocks of a page, followed word for word from a clone with no lab, do what the page says."""
+    with tempfile.TemporaryDirectory(prefix="hd") as folder:
+        try:
+            run_blocks(_tour(page, folder), docs.ROOT, at_most_s=TOUR_LIMIT_S)
+        finally:
+            for topology in Path(folder).glob("**/lab.yml"):
+                with contextlib.suppress(subprocess.SubprocessError):  # of a tour that did not come to its end
+                    subprocess.run([BIN / "harness", "lab", "down", "--lab", topology], check=False, timeout=120)
+
+
+def _tour(page: str, folder: str) -> list[docs.Block]:
+    blocks = [block for block in docs.blocks_of(docs.ROOT / page) if block.tour]
+    return [dataclasses.replace(block, body=block.body.replace(FOLDER_IN_DOCS, folder)) for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("$ echo one two; echo three\none …\nthree\n", None),
+        ("$ cat note\nwritten\n$ word=kept\n$ echo $word\nkept\n", None),
+        ("$ echo one; echo two\ntwo\none\n", "did not print: one"),
+        ("$ echo one two three\none … four\n", "did not print: one … four"),
+        ("$ false\n$ true\n", "ended with 1 and not 0"),
+        ("$ exit 0\n$ true\n", "was not reached"),
+    ],
+)
+def test_a_page_that_promises_something_else_is_found(text: str, broken: str | None, tmp_path: Path) -> None:
+    """A line that is not printed, another exit code, or a command that is never reached fails the page."""
+    page = tmp_path / "page.md"
+    page.write_text(f"```text tour file=note\nwritten\n```\n\n```console tour\n{text}```\n", encoding="utf-8")
+    if broken is None:
+        run_blocks(docs.blocks_of(page), tmp_path, at_most_s=TIME_LIMIT_S)
+    else:
+        with pytest.raises(AssertionError, match=broken):
+            run_blocks(docs.blocks_of(page), tmp_path, at_most_s=TIME_LIMIT_S)
 
 
 def test_the_documentation_shows_commands_that_can_be_run() -> None:
     """There is something to run: a renamed fence cannot empty these tests unnoticed."""
     assert "harness doctor" in [command for block in BLOCKS for command in block.commands]
-    assert "docs/tutorial.md" in LAB_PAGES
+    assert "docs/tutorial.md" in TOURS

@@ -1,9 +1,11 @@
 """Reads the documentation: fenced blocks with commands, links, and names of functions.
 
 The convention (CONTRIBUTING.md): a block marked ``console`` holds commands that are run as they stand, on lines that
-start with ``$``; ``exit=N`` after the word is the exit code of the last one, and ``lab`` says that it needs a running
-lab: such blocks of a page are run one after the other in one shell. A block marked ``sh`` holds commands that are not
-run but checked: targets, commands and options must exist.
+start with ``$``; the other lines are what the command prints, in its order, among other lines; ``…`` in them stands
+for anything. ``exit=N`` after the word is the exit code of the last command. ``tour`` says that the blocks of the page
+are run one after the other in one shell, which begins in the project's folder; a block of any language with
+``file=NAME`` is written to that file first. A block marked ``sh`` holds commands that are not run but checked: targets,
+commands and options must exist.
 """
 
 from __future__ import annotations
@@ -11,13 +13,38 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:)(?P<target>[^)\s]*)\)")
 _HEADING = re.compile(r"^#+ (?P<text>.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command that is run, where it stands, and what the page promises of it."""
+
+    where: str
+    command: str
+    output: tuple[str, ...] = ()
+    exit_code: int = 0
+
+    def broken(self, code: int, said: str) -> str | None:
+        """Which promise was not kept; None when all were."""
+        if code != self.exit_code:
+            return f"{self.where}: {self.command}\nended with {code} and not {self.exit_code}:\n{said}"
+        lines = iter(said.splitlines())
+        for promised in self.output:
+            if not any(_fits(promised, line) for line in lines):
+                return f"{self.where}: {self.command}\ndid not print: {promised}\nbut:\n{said}"
+        return None
+
+
+def _fits(promised: str, line: str) -> bool:
+    words = (".*?".join(map(re.escape, word.split("…"))) for word in promised.split())
+    return re.fullmatch(r"\s*" + r"\s+".join(words) + r"\s*", line) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +66,35 @@ class Block:
         return int(next((option[5:] for option in self.options if option.startswith("exit=")), "0"))
 
     @property
-    def needs_lab(self) -> bool:
-        """Whether the commands are for a running lab."""
-        return "lab" in self.options
+    def tour(self) -> bool:
+        """Whether the block belongs to the tour of its page."""
+        return "tour" in self.options
 
     @property
-    def script(self) -> str:
-        """The commands for a shell that stops at the first one that ends otherwise than the page says."""
-        *before, last = self.commands
-        checked = f"rc=0; {last} || rc=$?; [ $rc -eq {self.exit_code} ]" if self.exit_code else last
-        return "\n".join([*before, checked])
+    def target(self) -> str | None:
+        """File that gets the block's text in a tour."""
+        return next((option[5:] for option in self.options if option.startswith("file=")), None)
 
     @property
     def commands(self) -> tuple[str, ...]:
         """Command lines; continuation lines are joined, comments are dropped."""
-        lines = self.body.replace("\\\n", " ").splitlines()
         if self.language == "console":
-            return tuple(line[2:].strip() for line in lines if line.startswith("$ "))
+            return tuple(step.command for step in self.steps)
+        lines = self.body.replace("\\\n", " ").splitlines()
         return tuple(line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#"))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The commands of a console block, each with what the page says of it."""
+        steps: list[Step] = []
+        for line in self.body.replace("\\\n", " ").splitlines():
+            if line.startswith("$ "):
+                steps.append(Step(str(self), line[2:].strip()))
+            elif line.strip() and steps:
+                steps[-1] = replace(steps[-1], output=(*steps[-1].output, line.strip()))
+        if steps:
+            steps[-1] = replace(steps[-1], exit_code=self.exit_code)
+        return tuple(steps)
 
 
 def pages() -> list[Path]:
