@@ -16,8 +16,10 @@ import datetime
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -39,6 +41,7 @@ _ISSUING_CERTIFICATE, _ISSUING_KEY = "issuing.pem", "issuing.key"
 _EK_USE = x509.ObjectIdentifier("2.23.133.8.1")
 _TPM_MANUFACTURER, _TPM_MODEL, _TPM_VERSION = (x509.ObjectIdentifier(f"2.23.133.2.{i}") for i in (1, 2, 3))
 _DAY = datetime.timedelta(days=1)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +112,23 @@ def open_vendor(folder: Path, *, name: str, now: datetime.datetime) -> Vendor:
     try:
         if not folder.exists():
             _create(folder, name, now)
-        key = serialization.load_pem_private_key((folder / _ISSUING_KEY).read_bytes(), password=None)
-        root = x509.load_pem_x509_certificate((folder / ROOT_CERTIFICATE).read_bytes())
-        issuing = x509.load_pem_x509_certificate((folder / _ISSUING_CERTIFICATE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise SimulationError(f"TPM vendor in {folder} cannot be used: {error}") from error
+    except OSError as error:
+        raise SimulationError(f"TPM vendor in {folder} cannot be made: {error.strerror}") from error
+    key = _read(folder / _ISSUING_KEY, lambda data: serialization.load_pem_private_key(data, password=None))
+    root = _read(folder / ROOT_CERTIFICATE, x509.load_pem_x509_certificate)
+    issuing = _read(folder / _ISSUING_CERTIFICATE, x509.load_pem_x509_certificate)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SimulationError(f"TPM vendor in {folder} cannot be used: not an EC key")
     return Vendor(root=root, issuing=issuing, _key=key)
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
+    try:
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise SimulationError(f"{path} of the TPM vendor cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SimulationError(f"{path} of the TPM vendor is not in PEM; put the whole file back") from error
 
 
 def _create(folder: Path, name: str, now: datetime.datetime) -> None:

@@ -251,7 +251,10 @@ def test_vendor_is_made_once_and_kept(settings: DeviceSettings) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["issuing.key", "issuing.pem", "root.pem"]
     assert folder.stat().st_mode & 0o077 == 0
     (folder / "issuing.pem").unlink()
-    with pytest.raises(SimulationError):
+    with pytest.raises(SimulationError, match=r"/v/issuing\.pem of the TPM vendor cannot be read"):
+        open_vendor(folder, name="V", now=NOW)
+    (folder / "issuing.key").write_text("-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByq\n")
+    with pytest.raises(SimulationError, match=r"/v/issuing\.key of the TPM vendor is not in PEM"):
         open_vendor(folder, name="V", now=NOW)
 
 
