@@ -125,7 +125,10 @@ def down(lab: Lab = None) -> None:
 
 @app.command("restart", epilog=examples("harness lab restart alice-verifier", "harness lab restart host1-tpm"))
 def restart(service: Service, lab: Lab = None) -> None:
-    """End a service in order and start it again; for a hardware TPM that is a power cycle of its host."""
+    """End a service in order and start it again.
+
+    For HOST-tpm that is a power cycle of the hardware TPM alone; `power-cycle` is one of the host with its guests.
+    """
     import asyncio
 
     from harness import console

@@ -12,10 +12,13 @@ from typing import Annotated
 
 import typer
 
-from harness import cli_complete, cli_show, cli_site
+from harness import cli_complete, cli_provider_guest, cli_show, cli_site
 from harness.cli_help import AsJson, Lab, Reason, examples
 from harness.errors import ConfigError
 
+HostArgument = Annotated[
+    str, typer.Argument(metavar="HOST", help="The host's name.", autocompletion=cli_complete.hosts)
+]
 SOON_DAYS = 30
 """`lab status` shows how long a certificate is valid when it is less than this."""
 _LONGEST_DAYS = 36_500.0
@@ -37,6 +40,14 @@ def add_to(app: typer.Typer) -> None:
             'harness lab renew alice-verifier alice-operator --days 30 --reason "ends on Friday"',
         ),
     )(renew)
+    app.command(
+        "power-cycle",
+        epilog=examples(
+            "harness lab power-cycle host1",
+            "harness lab power-cycle host1 --scenario tampered-kernel",
+            "harness lab power-cycle host1 --unorderly",
+        ),
+    )(power_cycle)
 
 
 def renew(
@@ -74,6 +85,47 @@ def renew(
         return
     rows = [(each.name, cli_show.time(each.expires.timestamp()), _HOW[each.by]) for each in done]
     console.print_table(("certificate", "valid until", "how"), rows, empty="nothing was renewed")
+
+
+def power_cycle(
+    host: HostArgument,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            "--scenario",
+            metavar="NAME",
+            help="What it boots from now on, by name or file (default: what it booted last).",
+            autocompletion=cli_complete.scenarios,
+        ),
+    ] = None,
+    unorderly: Annotated[
+        bool, typer.Option("--unorderly", help="Cut the power: nothing is stopped in order, and the TPM is not told.")
+    ] = False,
+    lab: Lab = None,
+) -> None:
+    """Switch a host off and on, as a reboot does: its guests and its agent end, and start again after its boot.
+
+    Returns when its guests run again; whether the reboot is accepted is up to the tenants (`harness tenant status`).
+    `harness lab restart HOST-tpm` is the hardware TPM alone.
+    """
+    import asyncio
+
+    from harness import console, lab_hosts
+
+    _known(host, lab)
+    boots = None if scenario is None else cli_provider_guest.scenario_of(scenario)
+    with console.progress(f"{host} goes off and on"):
+        done = asyncio.run(lab_hosts.power_cycle(cli_site.control_of(lab), host, scenario=boots, orderly=not unorderly))
+    for name in done.away:
+        console.say(f"guest {name} does not run again; `harness lab logs {host}-guests` says why")
+    print(f"{host} was switched off and on, and booted {done.scenario}; {done.running} of its guests run again")
+    raise typer.Exit(1 if done.away else 0)
+
+
+def _known(host: str, lab: Path | None) -> None:
+    hosts = cli_site.site_of(lab).hosts
+    if host not in hosts:
+        raise ConfigError(f"no host {host}; this lab has {', '.join(hosts)}")
 
 
 def ending(folder: Path) -> dict[str, str]:

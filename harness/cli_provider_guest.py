@@ -69,7 +69,7 @@ def guest_define(
     site = cli_site.site_of(lab)
     host_name, at = cli_site.host_of(site, host)
     cli_site.tenant_of(site, tenant)
-    boots = _scenario(scenario)
+    boots = scenario_of(scenario)
     chosen = Id(cli_site.parse_id(agent_id, "--uuid") if agent_id else uuid.uuid4())
     plan = GuestPlan(agent_id=chosen, name=name, tenant=tenant, host=host_name, scenario=boots)
 
@@ -218,8 +218,8 @@ async def known_host(operator: ProviderOperator, text: str) -> HostId:
     return parse_host_id(cli_names.pick(text, known, names, what="host", listing="harness provider host list"))
 
 
-def _scenario(stated: str) -> str:
-    """A scenario that can be used, as the guest manager takes it: its name, or the whole path of its file."""
+def scenario_of(stated: str) -> str:
+    """A scenario that can be used, as guest managers and hardware TPMs take it: its name, or its file's whole path."""
     from harness.sim.boot import Scenario
 
     try:

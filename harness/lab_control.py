@@ -37,6 +37,7 @@ _APPLY_S = 120.0
 _ASK_S = 10.0
 _SERVERS = frozenset(Role) - {Role.PROVIDER_OPERATOR, Role.TENANT_OPERATOR}
 _RESTART_S = 60.0
+_POWER_S = 150.0
 _POLL_S = 0.05
 _OURS = frozenset({"h", "log", "p", "pki", "run", "t", "vendor", "x", "lab.json", SITE_FILE, "lab.yml"})
 """What a lab's folder may hold for it to be removed by `wipe`; anything else is somebody's own."""
@@ -115,6 +116,37 @@ class LabControl:
             SimulationError: it did not come up in time; what ended it is in the text.
         """
         await self._asked({"op": "restart", "service": service}, _DOWN_S)
+        return await self._until_up(service)
+
+    async def power_cycle(self, host: str, *, scenario: str | None = None, orderly: bool = True) -> Mapping[str, Any]:
+        """Switches a host off and on, with its guests and its agent; returns when its agent answers again.
+
+        Args:
+            host: its name.
+            scenario: what it boots from now on, by name or whole path; None: what it booted last.
+            orderly: everything is stopped in order; else power is cut.
+
+        Returns:
+            The status of its hardware TPM.
+
+        Raises:
+            ConfigError: the lab is down, has no such host, or its hardware TPM refused.
+            SimulationError: the host did not come up again in time.
+        """
+        boots = {} if scenario is None else {"scenario": scenario}
+        return await self._powered(host, {"op": "power_cycle", "host": host, "orderly": orderly, **boots})
+
+    async def replace_tpm(self, host: str) -> Mapping[str, Any]:
+        """Gives a host another hardware TPM, as in `power_cycle`. Its agent announces another host id from then on."""
+        return await self._powered(host, {"op": "replace_tpm", "host": host})
+
+    async def _powered(self, host: str, request: Mapping[str, object]) -> Mapping[str, Any]:
+        status = await self._asked(request, _POWER_S)
+        await self._until_up(f"{host}-agent")
+        await self._until_up(f"{host}-guests")
+        return status
+
+    async def _until_up(self, service: str) -> int:
         until = time.monotonic() + _RESTART_S
         why: object = "it does not answer"
         while time.monotonic() < until:

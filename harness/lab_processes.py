@@ -140,6 +140,15 @@ class ServiceProcess:
             self._signal(signal.SIGKILL)
         await _readable(self._pidfd)
 
+    async def kill(self) -> None:
+        """Kills the service, and waits for its end; does nothing when it does not run.
+
+        *Cancellation:* the process is killed.
+        """
+        self._signal(signal.SIGKILL)
+        if self._pidfd is not None:
+            await _readable(self._pidfd)
+
     def _signal(self, number: signal.Signals) -> None:
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -18,7 +18,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _PORT_S = 10.0
 _POLL_S = 0.05
 _BACKLOG = 512
 _STOP_ORDER = ("guest-manager", "", "hardware-tpm")
+_POWERED = ("guests", "agent")
+"""What goes off with a host, in this order."""
 
 
 @dataclass(eq=False)
@@ -48,6 +50,7 @@ class _Kept:
     restarts: int = 0
     why: str | None = None
     at_once: asyncio.Event = field(default_factory=asyncio.Event)
+    powered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Supervision:
@@ -91,6 +94,7 @@ class Supervision:
             for service in new:
                 process = ServiceProcess(service.name, service.service, service.config, self._log(service.name))
                 kept = _Kept(file=service, process=process, sock=sockets.get(service.name))
+                kept.powered.set()
                 self._kept[service.name] = kept
                 kept.task = asyncio.create_task(self._keep(kept), name=f"keep {service.name}")
             return bool(gone or new)
@@ -109,6 +113,39 @@ class Supervision:
         kept.at_once.set()
         if kept.process.running:
             await kept.process.stop(kept.file.stop_s)
+
+    async def power_cycle(self, host: str, request: Mapping[str, object], *, orderly: bool) -> Mapping[str, object]:
+        """Switches a host off and on: guests and agent end, its hardware TPM does what is asked, and they start again.
+
+        Args:
+            host: its name.
+            request: for the control socket of its hardware TPM (`sim.control`), made while the host is off.
+            orderly: guests and agent are stopped in order; else they are killed.
+
+        Returns:
+            The hardware TPM's answer.
+
+        Raises:
+            NotFound: the lab has no such host.
+            SimulationError: the hardware TPM refused, or is away; guests and agent start again all the same.
+
+        *Cancellation:* guests and agent start again; the hardware TPM carries on with the request.
+        """
+        parts = [self._kept.get(f"{host}-{part}") for part in _POWERED]
+        found = [kept for kept in parts if kept is not None]
+        control = found[-1].file.powered if len(found) == len(parts) else None
+        if control is None:
+            raise NotFound(f"no host {host} in this lab")
+        async with self._changing:
+            try:
+                for kept in found:
+                    kept.powered.clear()
+                    kept.at_once.set()  # whoever waits for its restart waits for the power instead
+                    await (kept.process.stop(kept.file.stop_s) if orderly else kept.process.kill())
+                return await ask_hardware(control, request)
+            finally:
+                for kept in found:
+                    kept.powered.set()
 
     async def stop(self) -> None:
         """Ends everything. *Cancellation:* processes are killed."""
@@ -147,6 +184,7 @@ class Supervision:
     async def _keep(self, kept: _Kept) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
+            await kept.powered.wait()
             if kept.file.powered is not None:
                 await _until_powered(kept.file.powered)
             began = time.monotonic()

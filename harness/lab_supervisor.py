@@ -6,6 +6,9 @@ until it is told to stop. On ``L/run/s`` it takes one JSON object per line and a
 * ``{"op": "status"}``: ``{"pid", "topology", "services": [...]}`` (`Supervision.status`)
 * ``{"op": "apply", "topology": PATH}``: ``{"changed": bool}``; what the file says now becomes the lab's services
 * ``{"op": "restart", "service": NAME}``: ``{}``
+* ``{"op": "power_cycle", "host": NAME, "scenario": NAME or PATH, "orderly": true}`` (the last two may be left out) and
+  ``{"op": "replace_tpm", "host": NAME}``: the status of the host's hardware TPM (`sim.control`); guests and agent of
+  the host are ended first, and start again
 * ``{"op": "down"}``: ``{}`` when every process has ended; then the supervisor ends too
 
 Invariants:
@@ -109,11 +112,20 @@ class Supervisor:
             case {"op": "restart", "service": str(name), **rest} if not rest:
                 await self._supervision.restart(name)
                 return {}
+            case {"op": "power_cycle", "host": str(host), **rest} if rest.keys() <= {"scenario", "orderly"}:
+                match {"scenario": None, "orderly": True, **rest}:
+                    case {"scenario": str() | None as scenario, "orderly": bool(orderly)}:
+                        order = {"op": "power_cycle", "scenario": scenario, "orderly": orderly}
+                        return await self._supervision.power_cycle(host, order, orderly=orderly)
+            case {"op": "replace_tpm", "host": str(host), **rest} if not rest:
+                return await self._supervision.power_cycle(host, {"op": "replace"}, orderly=True)
             case {"op": "down", **rest} if not rest:
                 await self._supervision.stop()
                 self._ended.set()
                 return {}
-        raise MalformedMessage('"op" is status, apply (topology), restart (service) or down')
+        raise MalformedMessage(
+            '"op" is status, apply (topology), restart (service), power_cycle (host), replace_tpm (host) or down'
+        )
 
     async def _apply(self, topology: Path) -> bool:
         plan = await asyncio.to_thread(_planned, topology, self._folder)
