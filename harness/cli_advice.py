@@ -36,8 +36,14 @@ _STEPS = {
         "`harness tenant policy show {guest}` compares; if the change is yours: `policy capture`, `policy set --resume`"
     ),
     "HostRebooted": _REBOOT,
-    "ClockWentBack": _REBOOT,
-    "ClockNotSafe": _REBOOT,
+    "ClockWentBack": (
+        "find out who put an old state of the TPM back, or runs it twice; then reboot what it belongs to "
+        "(`harness provider guest stop`, `start`), and: `harness tenant guest resume {guest} --reason TEXT`"
+    ),
+    "ClockNotSafe": (
+        "a power loss left the TPM's clock unsafe for longer than allowed; once it is safe again: "
+        "`harness tenant guest resume {guest} --reason TEXT`"
+    ),
     "AppraisalError": _ASK,
     "GuestNotHere": (
         "is the guest running on the stated host? then: `harness tenant guest resume {guest} --reason TEXT`"

@@ -29,6 +29,7 @@ from tests.support.running_lab import COMMAND_S, RunningLab
 
 WHY = "ticket 4711"
 LIMIT_S = 90.0
+_AGAIN_S = 4.0
 _ACTIVE = {state.name for state in ACTIVE}
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -118,7 +119,7 @@ class WaysBack(RunningLab):
                 self._came.wait(min(left, 1.0))
         raise AssertionError(f"{what} was not seen; seen: {json.dumps(named, indent=1)}\n{self.tail()}")
 
-    def attested(self, *names: str, since: float | None = None) -> None:
+    def attested(self, *names: str, since: float | None = None, limit_s: float = LIMIT_S) -> None:
         """Waits until these guests (default: all) are attested by evidence of after ``since`` (default: now)."""
         after = time.time() if since is None else since
         wanted = names or tuple(self.ids)
@@ -129,7 +130,7 @@ class WaysBack(RunningLab):
                 for name in wanted
             )
 
-        self.see(f"attested: {', '.join(wanted)}", holds)
+        self.see(f"attested: {', '.join(wanted)}", holds, limit_s)
 
     def stopped(self, *names: str, state: str = "INVALID_QUOTE", check: int | None = None, error: str) -> None:
         """Waits until these guests have stopped for this reason; none of them is shown as attested then."""
@@ -167,6 +168,23 @@ class WaysBack(RunningLab):
         """A command that overrules something, with a reason."""
         return self.do(*words, "--reason", WHY, code=code)
 
+    def resumed(self, guest: str, tenant: str) -> None:
+        """Resumes a guest, and again when it has stopped again because its cause was not quite gone yet."""
+        until, since = time.monotonic() + LIMIT_S, time.time()
+        while time.monotonic() < until:
+            self.act("tenant", "guest", "resume", guest, "--tenant", tenant)
+            with contextlib.suppress(AssertionError):
+                self.attested(guest, since=since, limit_s=_AGAIN_S)
+                return
+            self.see(f"{guest} attested or stopped", lambda shown: self._decided(shown[guest], since))
+            if self.guests()[self.ids[guest]]["attested"]:
+                return
+        raise AssertionError(f"{guest} was not attested again by any resume\n{self.tail()}")
+
+    @staticmethod
+    def _decided(shown: dict[str, Any], since: float) -> bool:
+        return shown["state"] not in _ACTIVE or (shown["attested"] and (shown["last_success"] or 0) > since)
+
     def advised(self, guest: str, tenant: str, words: str) -> None:
         """What ``guest show`` says to do about a guest that is not attested has these words in it."""
         shown = self.do("tenant", "guest", "show", guest, "--tenant", tenant, code=1).stdout
@@ -186,11 +204,23 @@ class WaysBack(RunningLab):
         """Answer of a host's hardware TPM: its power switch and its chip."""
         return asyncio.run(control.ask(self.state / "h" / host / "c", request))
 
+    def new_vtpm(self, guest: str, tenant: str) -> None:
+        """A guest is removed at the provider with its vTPM, and defined and started under the same UUID."""
+        self.act("provider", "guest", "remove", guest)
+        self.do("provider", "guest", "define", guest, "--uuid", self.ids[guest], "--tenant", tenant)
+        self.do("provider", "guest", "start", guest)
+
     # --- alarms and trails --------------------------------------------------------------------------------
 
     def tenants(self) -> list[str]:
         """Names of the tenants that the lab has now."""
         return [tenant["name"] for tenant in self.json("lab", "status")["tenants"]]
+
+    def alarms(self, tenant: str) -> list[str]:
+        """Kinds of the alarms of a tenant that nobody has acknowledged, oldest first."""
+        return [
+            alarm["kind"] for alarm in json.loads(self.run("tenant", "alarms", "--tenant", tenant, "--json").stdout)
+        ]
 
     def settled(self, *kinds: str) -> None:
         """Exactly these kinds of alarms have come; each is acknowledged, all guests are attested, nothing is left."""
