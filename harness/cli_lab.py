@@ -60,7 +60,8 @@ def up(
     for what in result.removed:
         console.say(f"removed: {what}")
     rows = [
-        (guest.name, guest.tenant, *_verdict(guest.accepted, guest.error, guest.detail)) for guest in result.outcomes
+        (guest.name, guest.tenant, *cli_lab_acts.verdict(guest.accepted, guest.error, guest.detail))
+        for guest in result.outcomes
     ]
     console.print_table(("guest", "tenant", "verdict", "why"), rows, empty="the lab has no guests")
     state = "is up" if result.changed else "is up already; nothing was changed"
@@ -169,7 +170,3 @@ def logs(
 
 
 cli_lab_acts.add_to(app)
-
-
-def _verdict(accepted: bool, error: str | None, detail: str | None) -> tuple[str, str]:
-    return ("accepted", "") if accepted else ("refused", f"{error or 'not yet'}: {detail or ''}".rstrip(": "))

@@ -48,6 +48,9 @@ def add_to(app: typer.Typer) -> None:
             "harness lab power-cycle host1 --unorderly",
         ),
     )(power_cycle)
+    app.command("replace-tpm", epilog=examples('harness lab replace-tpm host1 --reason "board replaced, ticket 4711"'))(
+        replace_tpm
+    )
 
 
 def renew(
@@ -120,6 +123,30 @@ def power_cycle(
         console.say(f"guest {name} does not run again; `harness lab logs {host}-guests` says why")
     print(f"{host} was switched off and on, and booted {done.scenario}; {done.running} of its guests run again")
     raise typer.Exit(1 if done.away else 0)
+
+
+def replace_tpm(host: HostArgument, reason: Reason, lab: Lab = None) -> None:
+    """Give a host another hardware TPM, and do what each party's operator has to do then.
+
+    The host gets a new id: the provider moves guests and allowlists to it, the guests get new vTPMs, and the tenants
+    enrol host and guests anew and forget the old host. Each act is in its party's audit trail with the reason. When it
+    is interrupted, the same command completes it. Exits 1 when a guest is not attested in the end.
+    """
+    import asyncio
+
+    from harness import console, lab_replace
+
+    _known(host, lab)
+    control = cli_site.control_of(lab)
+    outcomes = asyncio.run(lab_replace.replace_tpm(control, host, reason, lambda step: print(step, flush=True)))
+    rows = [(guest.name, guest.tenant, *verdict(guest.accepted, guest.error, guest.detail)) for guest in outcomes]
+    console.print_table(("guest", "tenant", "verdict", "why"), rows, empty="no guest was under attestation")
+    raise typer.Exit(0 if all(guest.accepted for guest in outcomes) else 1)
+
+
+def verdict(accepted: bool, error: str | None, detail: str | None) -> tuple[str, str]:
+    """How a guest stands and why, as two cells of a table."""
+    return ("accepted", "") if accepted else ("refused", f"{error or 'not yet'}: {detail or ''}".rstrip(": "))
 
 
 def _known(host: str, lab: Path | None) -> None:

@@ -28,7 +28,7 @@ from harness.config import SiteSettings
 from harness.errors import DeadlineExceeded, EnrolmentError, HarnessError, NotFound, SimulationError
 from harness.lab_decoy import Decoy
 from harness.lab_outcome import GuestOutcome
-from harness.lab_plan import GuestPlan
+from harness.lab_plan import GuestPlan, LabPlan
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite, write_image
 from harness.peer import PeerClient
@@ -91,6 +91,21 @@ class Onboarding:
         """Ids of the hosts that have announced themselves, by name."""
         return self._hosts
 
+    @property
+    def plan(self) -> LabPlan:
+        """What the lab consists of."""
+        return self._plan
+
+    @property
+    def site(self) -> SiteSettings:
+        """Where its services are."""
+        return self._site
+
+    @property
+    def tenants(self) -> Mapping[str, TenantOperator]:
+        """The tenants' operators, by name."""
+        return self._tenants
+
     # --- the provider -------------------------------------------------------------------------------------
 
     async def onboard(self, *, away: Collection[str] = ()) -> None:
@@ -104,7 +119,7 @@ class Onboarding:
 
         *Cancellation:* what was added stays.
         """
-        known = {str(tenant["name"]): tenant for tenant in await self._patiently(self.provider.tenants)}
+        known = {str(tenant["name"]): tenant for tenant in await self.patiently(self.provider.tenants)}
         for tenant in self._plan.tenants:
             if tenant.name not in known:
                 pem = self._files.authorities[tenant.name].certificate.public_bytes(Encoding.PEM).decode()
@@ -140,12 +155,12 @@ class Onboarding:
         *Cancellation:* what was pinned stays pinned.
         """
         operator = self._tenants[tenant]
-        pinned = {str(host["host_id"]) for host in await self._patiently(operator.hosts)}
+        pinned = {str(host["host_id"]) for host in await self.patiently(operator.hosts)}
         if missing := [host_id for host_id in self._hosts.values() if str(host_id) not in pinned]:
             url = self._site.tenants[tenant].provider_verifier
             for host_id in missing:
                 # The provider verifier learns of a new tenant and its allowlist within a second of the onboarding.
-                await self._patiently(lambda host_id=host_id: operator.add_host(f"{url}/v1/hosts/{host_id}"))  # type: ignore[misc]
+                await self.patiently(lambda host_id=host_id: operator.add_host(f"{url}/v1/hosts/{host_id}"))  # type: ignore[misc]
         stated = {str(guest["agent_id"]) for guest in await operator.guests()}
         for guest in self._plan.guests:
             if guest.tenant == tenant and guest.host in self._hosts and str(guest.agent_id) not in stated:
@@ -161,10 +176,10 @@ class Onboarding:
         """
         host = self._files.host(guest.host)
         async with self._starting:
-            await self._patiently(
+            await self.patiently(
                 lambda: self.provider.define_guest(guest.agent_id, guest.tenant, self._hosts[guest.host], guest.name)
             )
-            defined = await self._patiently(lambda: _domains(host.guest_manager))
+            defined = await self.patiently(lambda: _domains(host.guest_manager))
             image = host.guests / str(guest.agent_id) / "image" / "agent.yml"
             if str(guest.agent_id) not in defined:
                 image = await asyncio.to_thread(write_image, self._site, guest, guest.host)
@@ -186,7 +201,7 @@ class Onboarding:
         """
         operator = self._tenants[guest.tenant]
         try:
-            await self._patiently(lambda: operator.attestation(guest.agent_id), until_found=False)
+            await self.patiently(lambda: operator.attestation(guest.agent_id), until_found=False)
         except NotFound:
             pass
         else:
@@ -205,10 +220,13 @@ class Onboarding:
 
         *Cancellation:* it may be under attestation.
         """
-        if not isinstance(contact, GuestContact):
-            return
+        if isinstance(contact, GuestContact):
+            await self._tenants[guest.tenant].admit(contact, self.order(guest))
+
+    def order(self, guest: GuestPlan) -> Order:
+        """How the plan wants a guest to be attested."""
         tenant = self._plan.tenant(guest.tenant)
-        order = Order(
+        return Order(
             guest_policy=tenant.guest_policy,
             host_policy=tenant.host_policy,
             provider_verifier=self._site.tenants[guest.tenant].provider_verifier,
@@ -217,7 +235,6 @@ class Onboarding:
             quote_interval_s=tenant.quote_interval_s,
             provider_quote_interval=tenant.provider_quote_interval,
         )
-        await self._tenants[guest.tenant].admit(contact, order)
 
     async def verdict(self, guest: GuestPlan, contact: Contact, *, anew: bool = False) -> GuestOutcome:
         """How a guest stands, as soon as it is attested or refused.
@@ -240,7 +257,7 @@ class Onboarding:
         anew = anew and tenant.quote_interval_s <= _SOON_S
         until, before = time.monotonic() + _VERDICT_S, None
         while True:
-            view = await self._patiently(lambda: operator.attestation(guest.agent_id))
+            view = await self.patiently(lambda: operator.attestation(guest.agent_id))
             before = view["attestation_count"] if before is None else before
             believed = view["attested"] and not (anew and view["attestation_count"] == before)
             delivered = payload is None or (view["payload_released"] and view["state"] != State.PROVIDE_V.name)
@@ -282,7 +299,7 @@ class Onboarding:
         planned = {guest.name for guest in self._plan.guests}
         leaving = {AgentId(agent_id): name for name, agent_id in record.guests().items() if name not in planned}
         removed = []
-        for entry in await self._patiently(self.provider.guests):
+        for entry in await self.patiently(self.provider.guests):
             name = leaving.get(parse_agent_id(str(entry["agent_id"])))
             if name is not None:
                 await self._remove_guest(entry, reason)
@@ -321,7 +338,7 @@ class Onboarding:
         self._stack.push_async_callback(client.close)
         return client
 
-    async def _patiently(self, act: Callable[[], Awaitable[T]], *, until_found: bool = True) -> T:
+    async def patiently(self, act: Callable[[], Awaitable[T]], *, until_found: bool = True) -> T:
         """Result of a call to a service that may just be starting."""
         until = time.monotonic() + self._wait_s
         while True:

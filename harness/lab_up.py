@@ -97,12 +97,12 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
             await control.start(topology)
             check_provider(await control.broken_services())
         changed = True
-        files = _files(control.folder, topology)
+        files = files_of(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:
             removed = await operators.remove(_REASON)
     else:
         check_provider(await control.broken_services())
-        files = _files(control.folder, topology)
+        files = files_of(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:  # while the services of those who leave still run
             removed = await operators.remove(_REASON)
         with console.progress("bringing the services to what the topology says"):
@@ -121,7 +121,8 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
     )
 
 
-def _files(folder: Path, topology: Path) -> LabSite:
+def files_of(folder: Path, topology: Path) -> LabSite:
+    """A lab's folder with the plan that its topology describes. Raises ConfigError when one of them cannot be used."""
     plan = plan_of(load_topology(topology), LabRecord(folder))
     return LabSite(open_folder(folder, longest_host=max(len(host.name) for host in plan.hosts)), plan)
 

@@ -71,7 +71,7 @@ class TenantOperator(OperatorActs):
 
     # --- hosts --------------------------------------------------------------------------------------------
 
-    async def add_host(self, url: str) -> list[Mapping[str, Any]]:
+    async def add_host(self, url: str, reason: str | None = None) -> list[Mapping[str, Any]]:
         """Enrols the hosts behind a provider verifier, or the one that the URL names.
 
         Raises:
@@ -79,7 +79,8 @@ class TenantOperator(OperatorActs):
 
         *Cancellation:* hosts that were pinned stay pinned.
         """
-        return list_of(await self._registrar.call("POST", "/v1/hosts", body={"url": url}, deadline_s=_ENROL_S), "hosts")
+        body = {"url": url, **({} if reason is None else {"reason": reason})}
+        return list_of(await self._registrar.call("POST", "/v1/hosts", body=body, deadline_s=_ENROL_S), "hosts")
 
     async def hosts(self) -> list[Mapping[str, Any]]:
         """Enrolled hosts."""
