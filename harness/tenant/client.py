@@ -28,6 +28,7 @@ from harness.peer import PeerClient
 from harness.protocol import QuoteRequest
 from harness.tenant.agent_request import Contact, Snapshot
 from harness.tenant.enrolment import HostIdentity
+from harness.tenant.payload import parse_transport_key
 from harness.tenant.ports import GuestAnswer
 from harness.values import AgentId, ClockBaseline, HashAlg, HostId, PcrSelection, parse_hex, parse_host_id
 
@@ -109,9 +110,9 @@ class GuestClient:
         with _as_evidence():
             results = _object(await self._peer.get(f"/{AGENT_API}/quotes/integrity", params))
             evidence = parse_quote(_text(results.get("quote"), "quote"))
-            return GuestAnswer(
-                evidence=evidence, transport_key_pem=_text(results.get("pubkey"), "pubkey").encode("ascii", "replace")
-            )
+            transport_key_pem = _text(results.get("pubkey"), "pubkey").encode("ascii", "replace")
+            parse_transport_key(transport_key_pem)  # a guest can vouch for a key to which nothing can be wrapped
+            return GuestAnswer(evidence=evidence, transport_key_pem=transport_key_pem)
 
     async def provide_v(self, wrapped: bytes) -> None:
         """See `harness.tenant.ports.GuestPort`."""

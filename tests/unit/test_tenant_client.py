@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from typing import Any, cast
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from harness.config import TlsSettings
 from harness.errors import ConfigError, MalformedEvidence, MalformedMessage, MessageTooLarge, PeerUnreachable
@@ -21,6 +23,7 @@ from harness.tenant.client import (
     parse_pem,
     without_authority,
 )
+from harness.tenant.guest_agent import public_pem
 from harness.values import AgentId, ClockBaseline, HashAlg, HostId, Nonce, PcrSelection
 from tests.support.tenant_wire import AGENT, SoftTpm
 
@@ -59,11 +62,16 @@ def quote_text() -> str:
     return encode_quote(*SoftTpm().quote(b"n", 0x11 | 1 << 16))
 
 
+@functools.cache
+def transport_key() -> bytes:
+    return public_pem(rsa.generate_private_key(65537, 2048))
+
+
 async def test_a_guest_quote_becomes_evidence() -> None:
     """The query is Keylime's; quote and transport key come back typed."""
-    peer = FakePeer({"quote": quote_text(), "pubkey": "pem"})
+    peer = FakePeer({"quote": quote_text(), "pubkey": transport_key().decode()})
     answer = await GuestClient(cast(PeerClient, peer)).quote("Abcdefghij0123456789", SELECTION)
-    assert answer.transport_key_pem == b"pem"
+    assert answer.transport_key_pem == transport_key()
     params = [("nonce", "Abcdefghij0123456789"), ("mask", "0x11"), ("partial", "0")]
     assert peer.calls == [("GET", "/v2.1/quotes/integrity", params)]
 
@@ -76,6 +84,7 @@ async def test_a_guest_quote_becomes_evidence() -> None:
         {"quote": "r::", "pubkey": "pem"},
         {"quote": 5, "pubkey": "pem"},
         {"quote": quote_text()},
+        {"quote": quote_text(), "pubkey": "a key to which nothing can be wrapped"},
         MalformedMessage("not JSON"),
         MessageTooLarge("1 MiB"),
     ],
