@@ -136,9 +136,14 @@ class LabControl:
         boots = {} if scenario is None else {"scenario": scenario}
         return await self._powered(host, {"op": "power_cycle", "host": host, "orderly": orderly, **boots})
 
-    async def replace_tpm(self, host: str) -> Mapping[str, Any]:
-        """Gives a host another hardware TPM, as in `power_cycle`. Its agent announces another host id from then on."""
-        return await self._powered(host, {"op": "replace_tpm", "host": host})
+    async def replace_tpm(self, host: str, *, replaced: int) -> Mapping[str, Any]:
+        """Gives a host another hardware TPM, as in `power_cycle`. Its agent announces another host id from then on.
+
+        Args:
+            host: its name.
+            replaced: how many were replaced before; when that is not so the TPM stays.
+        """
+        return await self._powered(host, {"op": "replace_tpm", "host": host, "replaced": replaced})
 
     async def _powered(self, host: str, request: Mapping[str, object]) -> Mapping[str, Any]:
         status = await self._asked(request, _POWER_S)

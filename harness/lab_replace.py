@@ -164,7 +164,7 @@ class Replacement:
         status = await ask_hardware(self._control_socket, {"op": "status"})
         if int(str(status["replaced"])) > note.chips:
             return
-        await self._control.replace_tpm(self._host)
+        await self._control.replace_tpm(self._host, replaced=note.chips)
         self._say(f"{self._host} has another TPM; its agent has made new keys")
 
     async def _remove_guests(self, note: ReplacementNote) -> None:

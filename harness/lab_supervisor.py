@@ -7,8 +7,8 @@ until it is told to stop. On ``L/run/s`` it takes one JSON object per line and a
 * ``{"op": "apply", "topology": PATH}``: ``{"changed": bool}``; what the file says now becomes the lab's services
 * ``{"op": "restart", "service": NAME}``: ``{}``
 * ``{"op": "power_cycle", "host": NAME, "scenario": NAME or PATH, "orderly": true}`` (the last two may be left out) and
-  ``{"op": "replace_tpm", "host": NAME}``: the status of the host's hardware TPM (`sim.control`); guests and agent of
-  the host are ended first, and start again
+  ``{"op": "replace_tpm", "host": NAME, "replaced": N}``: the status of the host's hardware TPM (`sim.control`); guests
+  and agent of the host are ended first, and start again
 * ``{"op": "down"}``: ``{}`` when every process has ended; then the supervisor ends too
 
 Invariants:
@@ -117,14 +117,14 @@ class Supervisor:
                     case {"scenario": str() | None as scenario, "orderly": bool(orderly)}:
                         order = {"op": "power_cycle", "scenario": scenario, "orderly": orderly}
                         return await self._supervision.power_cycle(host, order, orderly=orderly)
-            case {"op": "replace_tpm", "host": str(host), **rest} if not rest:
-                return await self._supervision.power_cycle(host, {"op": "replace"}, orderly=True)
+            case {"op": "replace_tpm", "host": str(host), "replaced": int(replaced), **rest} if not rest:
+                return await self._supervision.power_cycle(host, {"op": "replace", "replaced": replaced}, orderly=True)
             case {"op": "down", **rest} if not rest:
                 await self._supervision.stop()
                 self._ended.set()
                 return {}
         raise MalformedMessage(
-            '"op" is status, apply (topology), restart (service), power_cycle (host), replace_tpm (host) or down'
+            '"op" is status, apply (topology), restart (service), power_cycle (host), replace_tpm (host, replaced), down'
         )
 
     async def _apply(self, topology: Path) -> bool:

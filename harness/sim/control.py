@@ -2,8 +2,9 @@
 
 * ``{"op": "status"}``
 * ``{"op": "power_cycle", "scenario": NAME or PATH, "orderly": true}`` (both optional; orderly by default)
-* ``{"op": "replace"}``: the chip is exchanged for a new one with a new EK, the state of the old one is kept aside as
-  ``tpm.old-<n>``, and the same scenario boots; the host is a new one to every tenant (DESIGN 3.6)
+* ``{"op": "replace", "replaced": N}``: the chip is exchanged for a new one with a new EK, the state of the old one is
+  kept aside as ``tpm.old-<n>``, and the same scenario boots; the host is a new one to every tenant (DESIGN 3.6). With
+  ``replaced``, which may be left out, nothing happens unless N chips were replaced before: an order that is given again
 * ``{"op": "faults", "plan": [...]}``: the fault plan from now on (`faults`)
 
 The answer is the device's status, or ``{"error": NAME, "detail": SENTENCE}``.
@@ -35,8 +36,8 @@ class Device(Protocol):
     async def power_cycle(self, *, scenario: str | None = None, orderly: bool = True) -> None:
         """Switches the host off and on."""
 
-    async def replace(self) -> None:
-        """Gives the host another chip."""
+    async def replace(self, *, replaced: int | None = None) -> None:
+        """Gives the host another chip, unless another number of them was replaced before."""
 
     def set_faults(self, plan: object) -> None:
         """Sets the fault plan."""
@@ -97,8 +98,11 @@ async def _carry_out(request: Mapping[str, object], device: Device) -> None:
     match request:
         case {"op": "status", **rest} if not rest:
             return
-        case {"op": "replace", **rest} if not rest:
-            await device.replace()
+        case {"op": "replace", **rest} if rest.keys() <= {"replaced"}:
+            replaced = rest.get("replaced")
+            if not (replaced is None or (isinstance(replaced, int) and not isinstance(replaced, bool))):
+                raise ConfigError("replace: replaced is a number")
+            await device.replace(replaced=replaced)
         case {"op": "faults", "plan": plan, **rest} if not rest:
             device.set_faults(plan)
         case {"op": "power_cycle", **rest} if rest.keys() <= {"scenario", "orderly"}:

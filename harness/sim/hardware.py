@@ -156,8 +156,11 @@ class HardwareTpm:
             self._scenario = boots
             await self._again()
 
-    async def replace(self) -> None:
+    async def replace(self, *, replaced: int | None = None) -> None:
         """Gives the host another chip: shut down in order, a new TPM with new keys, and the same boot.
+
+        Args:
+            replaced: how many were replaced before; nothing happens when that is not so. None: never mind.
 
         Raises:
             SimulationError: the new TPM cannot be made or put in place: the old one runs on.
@@ -166,6 +169,8 @@ class HardwareTpm:
         *Cancellation:* as for `power_cycle`; the chip is the old one or the new one.
         """
         async with self._power:
+            if replaced not in {None, len(self._replaced())}:
+                return
             await asyncio.to_thread(shutil.rmtree, self._next, ignore_errors=True)
             await manufacture(self._next)
             await self._proxy.hold(cut=False)

@@ -267,6 +267,20 @@ async def test_another_chip(device: Device) -> None:
     assert (await device.keys())[0] == eks[0]
 
 
+async def test_a_replacement_that_is_asked_for_twice_is_made_once(device: Device) -> None:
+    """An order that says how many chips were replaced before does nothing when it is given again."""
+    await device.start()
+    eks = {(await device.keys())[0]}
+    for _ in range(2):
+        status = await device.control(op="replace", replaced=0)
+        assert status["replaced"] == 1
+        eks.add((await device.keys())[0])
+    assert len(eks) == 2
+    for unusable in (True, "1", 1.5):
+        with pytest.raises(SimulationError, match="replaced is a number"):
+            await device.control(op="replace", replaced=unusable)
+
+
 async def test_a_replacement_that_a_crash_cut_in_two_is_finished(device: Device) -> None:
     """The old chip is aside, the new one not yet in place: it is put there at the next start."""
     await device.start()
