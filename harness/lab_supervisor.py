@@ -47,6 +47,7 @@ from harness.unix_server import UnixServer
 _LINE_LIMIT = 64 * 1024
 _LOCK_S = 15.0
 _POLL_S = 0.1
+_OPERATIONS = "status, apply (topology), restart (service), power_cycle (host), replace_tpm (host, replaced), down"
 
 
 class Supervisor:
@@ -123,9 +124,7 @@ class Supervisor:
                 await self._supervision.stop()
                 self._ended.set()
                 return {}
-        raise MalformedMessage(
-            '"op" is status, apply (topology), restart (service), power_cycle (host), replace_tpm (host, replaced), down'
-        )
+        raise MalformedMessage(f'"op" is one of: {_OPERATIONS}')
 
     async def _apply(self, topology: Path) -> bool:
         plan = await asyncio.to_thread(_planned, topology, self._folder)
