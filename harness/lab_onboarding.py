@@ -221,7 +221,8 @@ class Onboarding:
         *Cancellation:* it may be under attestation.
         """
         if isinstance(contact, GuestContact):
-            await self._tenants[guest.tenant].admit(contact, self.order(guest))
+            operator, order = self._tenants[guest.tenant], self.order(guest)
+            await self.patiently(lambda: operator.admit(contact, order), until_found=False)  # its agent may just start
 
     def order(self, guest: GuestPlan) -> Order:
         """How the plan wants a guest to be attested."""

@@ -30,3 +30,14 @@ def _with_payload(lab: RunningLab) -> None:
     lab.write(_GOOD.replace("{quote_interval_s: 2", "{quote_interval_s: 2, payload: secret"))
     shown = lab.up()
     assert [(guest["attested"], guest["payload_released"]) for guest in shown["guests"]] == [(True, False)]
+
+
+def test_a_lost_database_of_a_verifier_is_made_up_for() -> None:
+    """After it is gone `up` admits the guests anew, with the agents that are just starting, and nobody enrols again."""
+    with running_lab(_GOOD) as lab:
+        pinned = lab.pinned()
+        assert lab.run("lab", "down").returncode == 0
+        for path in (lab.state / "t" / "alice").glob("verifier.db*"):
+            path.unlink()
+        assert [guest["attested"] for guest in lab.up()["guests"]] == [True]
+        assert lab.pinned() == pinned
