@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -24,7 +25,7 @@ from typing import Any
 
 from harness import config, lab_ready
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, LocalRefusal, PeerUnreachable, SimulationError
-from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, short_name
+from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, is_supervised, remove_sockets, short_name
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
@@ -63,11 +64,14 @@ class LabControl:
 
         Raises:
             DeadlineExceeded: a supervisor that runs does not answer.
+            PeerUnreachable: it cannot be asked from here: no right to, too many files, ...
         """
         try:
             return await self._ask({"op": "status"}, _ASK_S)
-        except PeerUnreachable:
-            return None
+        except PeerUnreachable as error:
+            if _nobody_there(error):
+                return None
+            raise
 
     async def start(self, topology: Path) -> None:
         """Starts a supervisor in the background; returns when it has started all services.
@@ -199,16 +203,20 @@ class LabControl:
         return True
 
     async def down(self) -> bool:
-        """Ends every process of the lab; whether it was up.
+        """Ends every process of the lab, also one that is just being started; whether it was up.
 
         Raises:
-            DeadlineExceeded: the supervisor did not end in time; it is named.
+            DeadlineExceeded: the supervisor did not start, or end, in time; it is named.
         """
-        status = await self.status()
-        if status is None:
-            (self.folder / SUPERVISOR_SOCKET).unlink(missing_ok=True)  # both are left by a supervisor that was killed
-            close_folder(self.folder)
-            return False
+        until = time.monotonic() + _START_S
+        while (status := await self.status()) is None:
+            if not is_supervised(self.folder):
+                remove_sockets(self.folder)  # left, as the short name, by a supervisor that was killed
+                close_folder(self.folder)
+                return False
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"a supervisor of {self.folder} neither starts nor ends; see {self.log}")
+            await asyncio.sleep(_POLL_S)
         watch = _watch(int(status["pid"]))
         try:
             with contextlib.suppress(PeerUnreachable):
@@ -219,6 +227,22 @@ class LabControl:
             if watch is not None:
                 os.close(watch)
         close_folder(self.folder)
+        return True
+
+    def _cleaned(self) -> bool:
+        """Removes what a supervisor leaves that was killed; False while one is just starting or ending."""
+        try:
+            descriptor = os.open(self.folder / "run", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return True  # there never was one
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.folder / SUPERVISOR_SOCKET).unlink(missing_ok=True)
+            close_folder(self.folder)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
         return True
 
     def wipe(self) -> None:
@@ -268,12 +292,18 @@ class LabControl:
         except LocalRefusal as error:
             raise ConfigError(error.detail) from error
         except PeerUnreachable as error:
+            if not _nobody_there(error):
+                raise
             raise ConfigError(f"the lab in {self.folder} is down; `harness lab up` starts it") from error
 
     async def _ask(self, request: Mapping[str, object], deadline_s: float) -> Mapping[str, Any]:
-        short = short_name(self.folder)  # in use when the folder's own name is too long for a socket
-        reached = short if short.is_symlink() and short.readlink() == self.folder else self.folder
-        return await ask(reached / SUPERVISOR_SOCKET, request, deadline_s=deadline_s)
+        return await ask(supervisor_socket(self.folder), request, deadline_s=deadline_s)
+
+
+def _nobody_there(error: PeerUnreachable) -> bool:
+    """Whether nobody listens; a connection that broke is that too: the supervisor has just ended."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError | ConnectionError | NotADirectoryError)
 
 
 def _tenant(name: str, tenant: config.TenantSite, host_ids: Mapping[str, str]) -> dict[str, object]:

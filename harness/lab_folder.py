@@ -12,6 +12,7 @@ Spec: unix(7).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -22,6 +23,8 @@ from harness.swtpm import SOCKET_PATH_LIMIT
 
 SUPERVISOR_SOCKET = "run/s"
 """Where a lab's supervisor listens, below its folder."""
+_SOCKETS = (SUPERVISOR_SOCKET, "h/*/*", "h/*/guests/*/*")
+"""Where the processes of a lab have theirs."""
 _LONGEST_SOCKET = len("/h//guests/00000000-0000-0000-0000-000000000000/s.ctrl")
 
 
@@ -48,7 +51,7 @@ def open_folder(folder: Path, *, longest_host: int) -> Path:
     try:
         with contextlib.suppress(FileExistsError):
             short.symlink_to(folder)
-        if short.lstat().st_uid != os.geteuid() or short.readlink() != folder:
+        if not _leads_to(short, folder):
             raise ConfigError(f"{short}: is not this lab's; remove it, or choose a shorter folder for the lab")
     except OSError as error:
         raise ConfigError(f"{short}: cannot be made: {error.strerror}; choose a shorter folder for the lab") from error
@@ -61,12 +64,55 @@ def short_name(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"hl-{digest}"
 
 
+def supervisor_socket(folder: Path) -> Path:
+    """Where a lab's supervisor is reached: in its folder, or under its short name where that is too long.
+
+    Raises:
+        ConfigError: the short name is not this lab's.
+    """
+    own = folder.absolute() / SUPERVISOR_SOCKET
+    if len(os.fsencode(own)) <= SOCKET_PATH_LIMIT:
+        return own
+    short = short_name(folder)
+    if short.is_symlink() and not _leads_to(short, folder.absolute()):
+        raise ConfigError(f"{short}: is not this lab's; remove it, or choose a shorter folder for the lab")
+    return short / SUPERVISOR_SOCKET
+
+
 def close_folder(folder: Path) -> None:
     """Removes the short name of a folder, if it has one."""
     short = short_name(folder)
     with contextlib.suppress(OSError):
-        if short.readlink() == folder.absolute():
+        if _leads_to(short, folder.absolute()):
             short.unlink()
+
+
+def is_supervised(folder: Path) -> bool:
+    """Whether a supervisor works on a lab: it holds a lock on ``L/run`` from before its socket is there."""
+    try:
+        descriptor = os.open(folder / "run", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def remove_sockets(folder: Path) -> None:
+    """Removes the sockets that processes of a lab left which were killed; nobody of it runs any more."""
+    for pattern in _SOCKETS:
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if path.is_socket():
+                    path.unlink()
+
+
+def _leads_to(short: Path, folder: Path) -> bool:
+    return short.lstat().st_uid == os.geteuid() and short.readlink() == folder
 
 
 def _fits(folder: Path, longest_host: int) -> bool:

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from harness import events
 from harness.errors import ConfigError, Conflict, HarnessError, MalformedMessage
-from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, open_folder
+from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, open_folder, remove_sockets
 from harness.lab_plan import LabPlan, plan_of
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite
@@ -75,10 +75,10 @@ class Supervisor:
         *Cancellation:* every process of the lab is ended.
         """
         plan = _planned(self._topology, self._folder)
-        short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
         (self._folder / "run").mkdir(exist_ok=True, mode=0o700)
         with _locked(self._folder / "run") as lock:
             await lock
+            short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
             files = LabSite(short, plan)
             events.configure("supervisor", files.log("supervisor"), streams=True)
             self._supervision = Supervision(files.log)
@@ -92,6 +92,7 @@ class Supervisor:
             finally:
                 await self._supervision.stop()
                 await server.stop()
+                remove_sockets(self._folder)  # a hardware TPM that was ended while it started leaves its swtpm's
                 close_folder(self._folder)
                 events.emit("stopped")
 
@@ -101,6 +102,9 @@ class Supervisor:
                 answer = await self._carry_out(parse_json(line, limit=_LINE_LIMIT))
             except (HarnessError, OSError) as error:
                 answer = _told(error)
+            except Exception as error:  # the border of a request: whoever asked learns that it failed, the log why
+                events.emit("internal_fault", level="error", exc_info=True)
+                answer = {"error": type(error).__name__, "detail": "internal fault; see the supervisor's log"}
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import socket
 import tempfile
 import threading
 import uuid
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import ConfigError
-from harness.lab_folder import close_folder, open_folder, short_name
+from harness.lab_folder import close_folder, is_supervised, open_folder, remove_sockets, short_name
 from harness.lab_record import LabRecord
 
 HOST = "00000000-0000-0000-0000-000000000001"
@@ -122,3 +126,29 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"file/lab: cannot be made"):
         open_folder(tmp_path / "file" / "lab", longest_host=5)
+
+
+def test_sockets_that_killed_processes_left_are_removed() -> None:
+    """The supervisor's, a hardware TPM's and a vTPM's; files stay, and a folder that is not there is no error."""
+    with tempfile.TemporaryDirectory(prefix="h") as name, contextlib.ExitStack() as stack:
+        folder = Path(name) / "l"
+        remove_sockets(folder)
+        places = [folder / place for place in ("run/s", "h/h1/back", "h/h1/guests/g/s")]
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (place.parent / "kept.yml").touch()
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(place))
+        remove_sockets(folder)
+        assert [path.name for path in folder.rglob("*") if not path.is_dir()] == ["kept.yml"] * 3
+
+
+def test_a_lock_on_its_folder_tells_that_a_lab_is_supervised(tmp_path: Path) -> None:
+    """Before the supervisor answers, and until it has ended."""
+    assert not is_supervised(tmp_path)
+    (tmp_path / "run").mkdir()
+    assert not is_supervised(tmp_path)
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert is_supervised(tmp_path)
+    os.close(descriptor)
+    assert not is_supervised(tmp_path)
