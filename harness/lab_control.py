@@ -25,7 +25,7 @@ from typing import Any
 
 from harness import config, lab_ready
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, LocalRefusal, PeerUnreachable, SimulationError
-from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, is_supervised, remove_sockets, short_name
+from harness.lab_folder import close_folder, remove_sockets, supervisor_socket
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
@@ -210,9 +210,7 @@ class LabControl:
         """
         until = time.monotonic() + _START_S
         while (status := await self.status()) is None:
-            if not is_supervised(self.folder):
-                remove_sockets(self.folder)  # left, as the short name, by a supervisor that was killed
-                close_folder(self.folder)
+            if self._cleaned():
                 return False
             if time.monotonic() > until:
                 raise DeadlineExceeded(f"a supervisor of {self.folder} neither starts nor ends; see {self.log}")
@@ -237,7 +235,7 @@ class LabControl:
             return True  # there never was one
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (self.folder / SUPERVISOR_SOCKET).unlink(missing_ok=True)
+            remove_sockets(self.folder)
             close_folder(self.folder)
         except BlockingIOError:
             return False

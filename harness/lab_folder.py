@@ -12,7 +12,6 @@ Spec: unix(7).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -85,21 +84,6 @@ def close_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if _leads_to(short, folder.absolute()):
             short.unlink()
-
-
-def is_supervised(folder: Path) -> bool:
-    """Whether a supervisor works on a lab: it holds a lock on ``L/run`` from before its socket is there."""
-    try:
-        descriptor = os.open(folder / "run", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def remove_sockets(folder: Path) -> None:

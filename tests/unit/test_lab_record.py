@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import socket
 import tempfile
 import threading
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import ConfigError
-from harness.lab_folder import close_folder, is_supervised, open_folder, remove_sockets, short_name
+from harness.lab_folder import close_folder, open_folder, remove_sockets, short_name
 from harness.lab_record import LabRecord
 
 HOST = "00000000-0000-0000-0000-000000000001"
@@ -140,15 +138,3 @@ def test_sockets_that_killed_processes_left_are_removed() -> None:
             stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(place))
         remove_sockets(folder)
         assert [path.name for path in folder.rglob("*") if not path.is_dir()] == ["kept.yml"] * 3
-
-
-def test_a_lock_on_its_folder_tells_that_a_lab_is_supervised(tmp_path: Path) -> None:
-    """Before the supervisor answers, and until it has ended."""
-    assert not is_supervised(tmp_path)
-    (tmp_path / "run").mkdir()
-    assert not is_supervised(tmp_path)
-    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert is_supervised(tmp_path)
-    os.close(descriptor)
-    assert not is_supervised(tmp_path)
