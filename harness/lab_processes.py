@@ -44,6 +44,14 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
+def end_parent() -> None:
+    """Kills the preloaded parent, when it does not answer; services go on, and the next start makes a new one."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 class ServiceProcess:
     """One forked service.
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from harness import events
 from harness.errors import ConfigError, HarnessError, NotFound, SimulationError
-from harness.lab_processes import ServiceProcess, last_line, warm_up
+from harness.lab_processes import ServiceProcess, end_parent, last_line, warm_up
 from harness.lab_site import ServiceFile
 from harness.sim.control import ask as ask_hardware
 
@@ -34,6 +34,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _STABLE_S = 10.0
 """A service that ran this long is restarted at once; one that did not, after a longer pause each time."""
 _PORT_S = 10.0
+_FORK_S = 60.0
 _POLL_S = 0.05
 _BACKLOG = 512
 _STOP_ORDER = ("guest-manager", "", "hardware-tpm")
@@ -75,7 +76,7 @@ class Supervision:
             Whether anything was changed.
 
         Raises:
-            ConfigError: a port is taken; nothing was started.
+            ConfigError: a port is taken; nothing was started, and nothing ended.
 
         *Cancellation:* call `stop`.
         """
@@ -83,17 +84,20 @@ class Supervision:
             wanted = {service.name: service for service in services}
             gone = [kept for name, kept in self._kept.items() if wanted.get(name) != kept.file]
             new = [service for service in services if service not in [kept.file for kept in self._kept.values()]]
+            stay = {service.url for service in new}
+            sockets = {kept.file.url: kept.sock for kept in gone if kept.sock is not None and kept.file.url in stay}
+            unbound = [service for service in new if service.url is not None and service.url not in sockets]
+            sockets |= await _bound(unbound)  # before anything is ended
             await self._end(gone)
             for kept in gone:
                 del self._kept[kept.file.name]
-                if kept.sock is not None:
+                if kept.sock is not None and kept.file.url not in stay:
                     kept.sock.close()
-            sockets = await _bound([service for service in new if service.url is not None])
             if new:
                 await asyncio.to_thread(warm_up)
             for service in new:
                 process = ServiceProcess(service.name, service.service, service.config, self._log(service.name))
-                kept = _Kept(file=service, process=process, sock=sockets.get(service.name))
+                kept = _Kept(file=service, process=process, sock=sockets.get(service.url))
                 kept.powered.set()
                 self._kept[service.name] = kept
                 kept.task = asyncio.create_task(self._keep(kept), name=f"keep {service.name}")
@@ -235,9 +239,14 @@ async def _to_its_end(starting: Coroutine[Any, Any, None]) -> None:
     """Awaits a start also when cancelled meanwhile: what was started must be known to be stopped."""
     task = asyncio.ensure_future(starting)
     try:
+        await asyncio.wait({task}, timeout=_FORK_S)
+        if not task.done():
+            end_parent()  # it hangs: whoever waits for it goes on, and the next start makes a new one
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task})
+        if not (await asyncio.wait({task}, timeout=_FORK_S))[0]:
+            end_parent()
+            await asyncio.wait({task})
         raise
 
 
@@ -250,15 +259,15 @@ async def _until_powered(control: Path) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _bound(services: Sequence[ServiceFile]) -> dict[str, socket.socket]:
-    """Listening sockets of services, all or none. A service of a lab that was killed may hold its port for a moment."""
-    made: dict[str, socket.socket] = {}
+async def _bound(services: Sequence[ServiceFile]) -> dict[str | None, socket.socket]:
+    """Listening sockets by URL, all or none. A service of a lab that was killed may hold its port for a moment."""
+    made: dict[str | None, socket.socket] = {}
     until = time.monotonic() + _PORT_S
     try:
         for service in services:
-            while service.name not in made:
+            while service.url not in made:
                 try:
-                    made[service.name] = _listening(service)
+                    made[service.url] = _listening(service)
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE or time.monotonic() > until:
                         raise ConfigError(_refused(service, error)) from error

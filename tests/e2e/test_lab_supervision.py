@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -181,3 +182,48 @@ async def test_services_outlive_the_parent_that_forks_them(folder: Path, supervi
     assert first is not None
     os.kill(first, signal.SIGKILL)
     await until(lambda: pid_of(supervision) not in (None, first), "restarted")
+
+
+async def test_a_refused_change_leaves_the_lab_as_it_is(folder: Path, supervision: Supervision) -> None:
+    """A port that is taken ends nothing: what ran goes on under the same PID, and is still known."""
+    one = registrar(folder, "one")
+    await supervision.apply([one])
+    await until(lambda: pid_of(supervision, "one") is not None, "started")
+    before = pid_of(supervision, "one")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = registrar(folder, "taken", port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match="is taken by another program"):
+            await supervision.apply([taken])
+    assert [service["name"] for service in supervision.status()] == ["one"]
+    assert pid_of(supervision, "one") == before
+
+
+async def test_other_settings_keep_the_port(folder: Path, supervision: Supervision) -> None:
+    """A service with other settings at the same address is another process at a socket that was never closed."""
+    one = registrar(folder, "one")
+    await supervision.apply([one])
+    await until(lambda: pid_of(supervision, "one") is not None, "started")
+    before = pid_of(supervision, "one")
+    assert await supervision.apply([dataclasses.replace(one, text=one.text + "\n")])
+    _, port = str(one.url).rsplit(":", 1)
+    socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+    await until(lambda: pid_of(supervision, "one") not in (None, before), "restarted")
+
+
+async def test_a_parent_that_hangs_is_given_up(
+    folder: Path, supervision: Supervision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped in the middle of its work: the start is given up in time, and the next one has a new parent."""
+    from multiprocessing import forkserver
+
+    from harness import lab_supervision
+
+    await supervision.apply([registrar(folder)])
+    await until(lambda: pid_of(supervision) is not None, "started")
+    first, parent = pid_of(supervision), forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    assert first is not None
+    monkeypatch.setattr(lab_supervision, "_FORK_S", 8.0)
+    os.kill(parent, signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: pid_of(supervision) not in (None, first), "restarted")
+    assert forkserver._forkserver._forkserver_pid != parent  # type: ignore[attr-defined]
