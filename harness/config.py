@@ -133,16 +133,6 @@ class ProviderRegistrarSettings(ServiceSettings):
     database: DatabaseUrl
 
 
-class TenantRegistrarSettings(ServiceSettings):
-    """Tenant registrar: ``vendor_roots`` are the TPM vendors' root certificates that the tenant pins."""
-
-    listen: Listen = Listen()
-    tls: TlsSettings
-    tenant: Name
-    database: DatabaseUrl
-    vendor_roots: Annotated[list[FilePath], Field(min_length=1)]
-
-
 class NotifySettings(Settings):
     """Somebody who is told of alarms: where, in which form, and the authority of an https receiver.
 
@@ -152,6 +142,21 @@ class NotifySettings(Settings):
     url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$", max_length=2048)]
     format: Literal["native", "keylime"] = "native"
     authority: FilePath | None = None
+
+
+class TenantRegistrarSettings(ServiceSettings):
+    """Tenant registrar: ``vendor_roots`` are the TPM vendors' root certificates that the tenant pins.
+
+    ``notify`` and ``revocation_key`` are for its alarms, as those of the verifier are for the verifier's.
+    """
+
+    listen: Listen = Listen()
+    tls: TlsSettings
+    tenant: Name
+    database: DatabaseUrl
+    vendor_roots: Annotated[list[FilePath], Field(min_length=1)]
+    notify: Annotated[list[NotifySettings], Field(max_length=16)] = []
+    revocation_key: FilePath | None = None
 
 
 class TenantVerifierSettings(ServiceSettings):

@@ -11,6 +11,7 @@ Spec: docs/protocol.md (alarms), docs/operations.md.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -68,6 +69,8 @@ class AlarmStore:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.alarmed = asyncio.Event()
+        """Set when an alarm was added here."""
 
     async def add(self, alarm: Alarm, now: float) -> None:
         """Adds an alarm. *Cancellation:* it is stored or not."""
@@ -76,6 +79,7 @@ class AlarmStore:
             session.add(
                 AlarmRow(at=now, kind=alarm.kind, agent_id=agent_id, host_id=alarm.host_id, detail=alarm.detail)
             )
+        self.alarmed.set()
 
     async def alarms(self, *, everything: bool = False, newest: int = SHOWN) -> list[AlarmRecord]:
         """The newest alarms, oldest first.

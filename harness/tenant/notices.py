@@ -10,8 +10,12 @@ Spec: docs/protocol.md (notifications); Keylime's ``prepare_error`` and ``rsa_si
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -132,20 +136,33 @@ def load_or_make(path: Path) -> RevocationKey:
         ConfigError: the file holds no RSA key, or cannot be read or written.
     """
     try:
-        if not path.exists():
-            made = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
-            write_private(path, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        key = load_pem_private_key(path.read_bytes(), None)
-        if not isinstance(key, rsa.RSAPrivateKey):
-            raise ConfigError(f"{path}: is no RSA key")
-        beside = path.with_suffix(".crt")
-        if not beside.exists():  # not a secret, but written as whole as the key
-            write_private(beside, _certify(key))
-        return RevocationKey(key, beside.read_bytes())
+        with _alone_in(path.parent):  # registrar and verifier may start at once
+            if not path.exists():
+                made = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
+                write_private(path, made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            key = load_pem_private_key(path.read_bytes(), None)
+            if not isinstance(key, rsa.RSAPrivateKey):
+                raise ConfigError(f"{path}: is no RSA key")
+            beside = path.with_suffix(".crt")
+            if not beside.exists():  # not a secret, but written as whole as the key
+                write_private(beside, _certify(key))
+            return RevocationKey(key, beside.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read or written: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: is no private key in PEM") from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in the folder; the kernel lets go when that ends."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _certify(key: rsa.RSAPrivateKey) -> bytes:

@@ -30,7 +30,7 @@ from harness.errors import MalformedMessage
 from harness.health import Health, check_database
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
-from harness.store import open_store
+from harness.store import Store, open_store
 from harness.tenant.alarm_routes import alarm_routes
 from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.chain import chain_of
@@ -40,6 +40,10 @@ from harness.tenant.enrolment import HostEnroller
 from harness.tenant.enrolment_alarms import EnrolmentAlarms
 from harness.tenant.guest_routes import AGENTS, GuestRegistration
 from harness.tenant.host_intake import Connect, HostIntake
+from harness.tenant.notices_store import NoticeStore
+from harness.tenant.notifier import Notifier
+from harness.tenant.ports import Chance, SystemClock
+from harness.tenant.receivers import receivers_of
 from harness.tenant.registrar_store import GuestRecord, PinnedHost, RegistrarStore
 from harness.tenant.tables import SCHEMA, Base
 from harness.tls import certificate_requester, identities_of
@@ -246,24 +250,35 @@ class TenantRegistrar:
         """
         settings = self._settings
         own_tls = only_authority(settings.tls, settings.tenant)
-        roots = [load_certificate(path) for path in settings.vendor_roots]
-        requester = certificate_requester(load_certificate(settings.tls.certificate))
+        receivers = receivers_of(settings, "tenant-registrar")
         store = await open_store(settings.database, Base.metadata, component="tenant", version=SCHEMA)
         try:
-            alarms = AlarmStore(store)
-            registrar = Registrar(
-                RegistrarStore(store),
-                alarms,
-                HostEnroller(roots, requester, Challenges()),
-                over_tls(without_authority(settings.tls, settings.tenant)),
-            )
-            health = Health()
-            health.check("database", lambda: check_database(store))
-            app = application(
-                "tenant-registrar", registrar.routes, identities_of(own_tls), health=health, audit=alarms.record
-            )
-            async with serve(app, own_tls, sock or settings.listen) as server:
-                events.emit("ready", url=server.url, tenant=settings.tenant)
-                await asyncio.Event().wait()
+            async with asyncio.TaskGroup() as group:
+                alarms = AlarmStore(store)
+                routes = self._registrar(store, alarms).routes
+                if receivers:
+                    notifier = Notifier(NoticeStore(store), receivers, SystemClock(), Chance(), alarms.alarmed)
+                    group.create_task(notifier.run(), name="notifier")
+                health = Health()
+                health.check("database", lambda: check_database(store))
+                app = application(
+                    "tenant-registrar", routes, identities_of(own_tls), health=health, audit=alarms.record
+                )
+                async with serve(app, own_tls, sock or settings.listen) as server:
+                    events.emit("ready", url=server.url, tenant=settings.tenant)
+                    await asyncio.Event().wait()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         finally:
             await store.close()
+
+    def _registrar(self, store: Store, alarms: AlarmStore) -> Registrar:
+        settings = self._settings
+        roots = [load_certificate(path) for path in settings.vendor_roots]
+        requester = certificate_requester(load_certificate(settings.tls.certificate))
+        return Registrar(
+            RegistrarStore(store),
+            alarms,
+            HostEnroller(roots, requester, Challenges()),
+            over_tls(without_authority(settings.tls, settings.tenant)),
+        )

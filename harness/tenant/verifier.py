@@ -15,12 +15,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from harness import events
 from harness.config import TenantVerifierSettings
-from harness.errors import ConfigError
 from harness.health import Health, check_database
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
@@ -38,16 +35,15 @@ from harness.tenant.client import (
     parse_pem,
     without_authority,
 )
-from harness.tenant.notices import Notice, load_or_make
 from harness.tenant.notices_store import NoticeStore
-from harness.tenant.notifier import Notifier, Receiver
+from harness.tenant.notifier import Notifier
 from harness.tenant.ports import Chance, GuestPort, ProviderPort, SystemClock
+from harness.tenant.receivers import receivers_of
 from harness.tenant.tables import SCHEMA, Base
 from harness.tenant.verifier_store import VerifierStore
 from harness.tls import certificate_requester, identities_of
 from harness.values import AgentId
 from harness.web import application, serve
-from harness.web_hook import Webhook
 
 
 class Connections:
@@ -98,32 +94,6 @@ class Connections:
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
 
 
-def receivers_of(settings: TenantVerifierSettings) -> list[Receiver]:
-    """Who is told of alarms. The revocation key is made where a receiver needs it and there is none yet.
-
-    Raises:
-        ConfigError: an authority or the key cannot be used, or it is not said where the key is.
-    """
-    forms: dict[str, Callable[[Notice], object]] = {"native": Notice.native}
-    if any(notify.format == "keylime" for notify in settings.notify):
-        forms["keylime"] = load_or_make(revocation_key_path(settings)).signed
-    return [Receiver(Webhook(each.url, each.authority), forms[each.format]) for each in settings.notify]
-
-
-def revocation_key_path(settings: TenantVerifierSettings) -> Path:
-    """Where the key for Keylime's notifications is: as set, else beside the SQLite database.
-
-    Raises:
-        ConfigError: neither says where.
-    """
-    if settings.revocation_key is not None:
-        return settings.revocation_key
-    scheme, _, file = settings.database.partition(":///")
-    if not scheme.startswith("sqlite") or not file or file.startswith((":memory:", "file:")):
-        raise ConfigError("revocation_key: must say where the key for keylime notifications is kept")
-    return Path(file).with_name("revocation.key")
-
-
 def _health(store: Store) -> Health:
     health = Health()
     health.check("database", lambda: check_database(store))
@@ -154,7 +124,7 @@ class TenantVerifier:
         settings = self._settings
         own_tls = only_authority(settings.tls, settings.tenant)
         requester = certificate_requester(load_certificate(settings.tls.certificate))
-        receivers = receivers_of(settings)
+        receivers = receivers_of(settings, "tenant-verifier")
         connections = Connections(settings)
         store = await open_store(settings.database, Base.metadata, component="tenant", version=SCHEMA)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.attest import Public
-from harness.config import Listen, TenantRegistrarSettings
+from harness.config import Listen, NotifySettings, TenantRegistrarSettings
 from harness.credential import Credential
 from harness.peer import PeerClient
 from harness.pki import Role, now
@@ -103,12 +103,15 @@ class RegistrarSite:
 
 
 @asynccontextmanager
-async def registrar_site(folder: Path, *, database: Path | None = None) -> AsyncIterator[RegistrarSite]:
+async def registrar_site(
+    folder: Path, *, database: Path | None = None, notify: Sequence[NotifySettings] = ()
+) -> AsyncIterator[RegistrarSite]:
     """The parts; the registrar does not run yet.
 
     Args:
         folder: for all files.
         database: of the registrar, if it is elsewhere.
+        notify: who is told of its alarms.
     """
     pki, provider = Pki.make(folder / "pki", TENANT), TestProvider()
     root = folder / "root.pem"
@@ -132,6 +135,7 @@ async def registrar_site(folder: Path, *, database: Path | None = None) -> Async
             tenant=TENANT,
             database=f"sqlite+aiosqlite:///{file}",
             vendor_roots=[root],
+            notify=list(notify),
         )
         process = ServiceProcess("tenant-registrar", settings, client(Role.TENANT_OPERATOR, "probe"), folder)
         stack.push_async_callback(process.close)
