@@ -18,7 +18,6 @@ _STEPS = {
     "DeadlineExceeded": "`harness lab status` tells what runs; a command may be given again",
     "AccessDenied": "the certificate in use has another role or another authority than this call needs",
     "Overloaded": "try again in a moment",
-    "StoreError": "is the disk full, or the database locked or newer than this program? `harness lab logs` shows more",
     "KeyChanged": (
         "find out why the key changed; only then: `harness tenant host re-enrol {host} --reason TEXT` for a host, "
         "`harness tenant guest re-enrol {guest} --reason TEXT` for a guest"
