@@ -8,6 +8,7 @@ Events:
 | ``certificate_refused`` | error | its file changed and cannot be used; the one before stays in use |
 | ``certificate_expires`` | warning | it is to be renewed: at the start, then once a day |
 | ``certificate_expired`` | error | clients and servers refuse this service: at once, then once a day |
+| ``internal_fault`` | error | a look failed; the next one is made all the same |
 
 Owner: the server, one task.
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+
+from cryptography import x509
 
 from harness import events
 from harness.errors import CertificateRefused
@@ -48,13 +51,16 @@ class CertificateWatch:
         self._also = also
         self._monotonic = monotonic
         self._reminded: tuple[str, float] | None = None
-        self._known = None if own is None else own.certificate
+        self._known: x509.Certificate | None = None
 
     async def run(self) -> None:
         """Looks every two seconds until it is cancelled. *Cancellation:* nothing is left."""
         while True:
-            self.look()
-            await self._also()
+            try:
+                self.look()
+                await self._also()
+            except Exception:  # the border of this task: one look that fails must not be the last
+                events.emit("internal_fault", level="error", exc_info=True)
             await asyncio.sleep(LOOK_S)
 
     def look(self) -> None:

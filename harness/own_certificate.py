@@ -29,14 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from harness import events
 from harness.audit import AuditEntry
 from harness.config import TlsSettings
-from harness.errors import AccessDenied, CertificateRefused, MalformedMessage, StoreError
-from harness.pki import TENANT_ROLES, Role, load_certificate, now
+from harness.errors import AccessDenied, CertificateRefused, ConfigError, MalformedMessage, StoreError
+from harness.pki import TENANT_ROLES, Role, load_certificate, now, public_key_of
 from harness.private_file import write_private
 from harness.tls import authority_of, expired, role_and_name
 
@@ -46,6 +47,7 @@ Clock = Callable[[], datetime.datetime]
 
 RENEW_DAYS, RENEW_SHARE = 14, 0.2
 """A certificate is to be renewed when it is valid for fewer days than this, or for less than this share of its time."""
+_UNREADABLE = (ValueError, IndexError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 _MARK = b"-----BEGIN CERTIFICATE-----"
 _USES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 
@@ -76,6 +78,10 @@ class OwnCertificate:
         self._contexts: list[ssl.SSLContext] = []
         self.certificate = load_certificate(self._path)
         """The one that is in use."""
+        try:
+            self._public = public_key_of(self.certificate)
+        except CertificateRefused as error:
+            raise ConfigError(f"{self._path}: {error.detail}") from error
 
     @property
     def path(self) -> Path:
@@ -198,9 +204,9 @@ class OwnCertificate:
         try:
             made = x509.load_pem_x509_certificates(pem)[0]
             names = _names(made)
-        except (ValueError, IndexError, x509.DuplicateExtension) as error:
+        except _UNREADABLE as error:
             raise MalformedMessage("certificate must be one certificate in PEM") from error
-        if made.public_key() != self.certificate.public_key():  # 1
+        if public_key_of(made) != self._public:  # 1
             raise CertificateRefused("it is on another key: a renewal keeps the key, and so the requester")
         if not names >= _names(self.certificate) or _uris(names) != _uris(_names(self.certificate)):  # 2
             raise CertificateRefused("it states another role, name or address than the one in use")
@@ -210,13 +216,13 @@ class OwnCertificate:
             raise CertificateRefused("it is not valid now")
         if not _uses(made) >= _USES:
             raise CertificateRefused("it is not good for both servers and clients")
-        return _Pair(certificate=made, pem=pem, key=self._key(made))
+        return _Pair(certificate=made, pem=pem, key=self._key())
 
-    def _key(self, certificate: x509.Certificate) -> bytes:
+    def _key(self) -> bytes:
         try:
             key = self._key_path.read_bytes()
-            fits = serialization.load_pem_private_key(key, None).public_key() == certificate.public_key()
-        except (OSError, ValueError, TypeError) as error:
+            fits = serialization.load_pem_private_key(key, None).public_key() == self._public
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise CertificateRefused("the key's file cannot be read") from error
         if not fits:
             raise CertificateRefused("the key's file holds another key")

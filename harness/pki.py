@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from harness.errors import ConfigError
+from harness.errors import CertificateRefused, ConfigError
 from harness.private_file import write_private
 
 URN = "urn:kvm-deep-attestation:"
@@ -195,7 +196,11 @@ def load_issued(certificate: Path, key: Path) -> Issued:
         ConfigError: a file is missing or unusable, or the key is not the certificate's.
     """
     loaded = Issued(certificate=load_certificate(certificate), key=load_key(key))
-    if loaded.certificate.public_key() != loaded.key.public_key():
+    try:
+        public = public_key_of(loaded.certificate)
+    except CertificateRefused as error:
+        raise ConfigError(f"{certificate}: {error.detail}") from error
+    if public != loaded.key.public_key():
         raise ConfigError(f"{key}: is not the key of {certificate}")
     return loaded
 
@@ -210,8 +215,20 @@ def load_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise ConfigError(f"{path}: holds no PEM certificate") from error
+
+
+def public_key_of(certificate: x509.Certificate) -> CertificatePublicKeyTypes:
+    """The key of a certificate that was made by anybody.
+
+    Raises:
+        CertificateRefused: no key of a kind that is known here: a certificate can be parsed although its key cannot.
+    """
+    try:
+        return certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise CertificateRefused("its key cannot be used: its curve or algorithm is not known here") from error
 
 
 def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -224,7 +241,7 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{path}: holds no PEM private key") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path}: is not an elliptic-curve key")

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from harness.config import TlsSettings
-from harness.errors import AccessDenied, CertificateExpired, ConfigError
-from harness.pki import TENANT_ROLES, URN, Role, load_certificate, now
+from harness.errors import AccessDenied, CertificateExpired, CertificateRefused, ConfigError
+from harness.pki import TENANT_ROLES, URN, Role, load_certificate, now, public_key_of
 from harness.protocol import requester_of
 
 _CACHED = 4096
@@ -107,8 +107,8 @@ class Identities:
             certificate: DER.
 
         Raises:
-            AccessDenied: no known authority signed it, it does not state one role and name, or its authority may not
-                give that role.
+            AccessDenied: it cannot be read, no known authority signed it, it does not state one role and name, its key
+                is of no known kind, or its authority may not give that role.
             CertificateExpired: it was good when the connection was made, and is not any more.
         """
         known = self._cache.get(certificate)
@@ -122,18 +122,25 @@ class Identities:
         return known
 
     def _identify(self, der: bytes) -> Peer:
-        certificate = x509.load_der_x509_certificate(der)
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+        except (ValueError, x509.InvalidVersion):
+            raise AccessDenied("the client certificate cannot be read") from None
         authority = authority_of(certificate, self._authorities)
         if authority is None:
             raise AccessDenied("the client certificate is of no authority that is known here")
         role, name = role_and_name(certificate)
         if role not in self._roles[authority]:
             raise AccessDenied(f"{authority} cannot make anybody a {role.value}")
+        try:
+            requester = certificate_requester(certificate)
+        except CertificateRefused as error:
+            raise AccessDenied(f"the client certificate is refused: {error.detail}") from error
         return Peer(
             authority=authority,
             role=role,
             name=name,
-            requester=certificate_requester(certificate),
+            requester=requester,
             expires=certificate.not_valid_after_utc,
         )
 
@@ -149,8 +156,12 @@ def authority_of(certificate: x509.Certificate, authorities: Mapping[str, x509.C
 
 
 def certificate_requester(certificate: x509.Certificate) -> bytes:
-    """``requester`` of whoever owns a certificate (DESIGN 3.2); 32 bytes."""
-    spki = certificate.public_key().public_bytes(
+    """``requester`` of whoever owns a certificate (DESIGN 3.2); 32 bytes.
+
+    Raises:
+        CertificateRefused: its key is of no known kind.
+    """
+    spki = public_key_of(certificate).public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     return requester_of(spki)
@@ -159,7 +170,7 @@ def certificate_requester(certificate: x509.Certificate) -> bytes:
 def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 
@@ -176,7 +187,7 @@ def role_and_name(certificate: x509.Certificate, *, whose: str = "the client cer
     """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         raise AccessDenied(f"{whose} states no role") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1 or not uris[0].startswith(URN):
@@ -228,9 +239,10 @@ class ServerJudge:
 
         Raises:
             AccessDenied: it is on another key than the pinned one, or its owner is not one of the roles.
+            CertificateRefused: its key, or the pinned one's, is of no known kind.
         """
         certificate = x509.load_der_x509_certificate(der)
-        if self._pinned is not None and certificate.public_key() != self._pinned.public_key():
+        if self._pinned is not None and public_key_of(certificate) != public_key_of(self._pinned):
             raise AccessDenied("it is not the pinned one, nor a renewal on its key")
         if self._roles is not None:
             role, _ = role_and_name(certificate, whose="it")
@@ -249,7 +261,7 @@ class _JudgedConnection(ssl.SSLObject):
             raise ssl.SSLCertVerificationError(1, "nobody judges this certificate")
         try:
             context.judge(certificate)
-        except (AccessDenied, ValueError) as error:
+        except (AccessDenied, CertificateRefused, ValueError, x509.InvalidVersion) as error:
             raise ssl.SSLCertVerificationError(1, str(error)) from error
 
 

@@ -15,7 +15,9 @@ Invariants:
     2. Every answer is an envelope with ``Cache-Control: no-store``; an unknown exception is one neutral sentence.
     3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing (`door`).
     4. A server stops within five seconds, whatever its handlers and peers do.
-    5. A renewed certificate is shown in the next handshake; a peer whose certificate expires is refused at once, and
+    5. The tasks that accept connections and watch the certificate live as long as the server: the end of one is the
+       server's, and its caller's.
+    6. A renewed certificate is shown in the next handshake; a peer whose certificate expires is refused at once, and
        its channels are closed.
 
 Spec: DESIGN 3.1, 3.3, 7; RFC 9110.
@@ -29,7 +31,7 @@ import functools
 import socket
 import ssl
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -306,6 +308,7 @@ async def serve(
 
     Raises:
         ConfigError: port in use, or a TLS file that cannot be used.
+        Exception: what ended one of the server's own tasks; the block is cancelled.
 
     *Cancellation:* stops as at the end: no new connections, and running calls end within five seconds.
     """
@@ -327,18 +330,38 @@ async def serve(
             max_line_size=LINE_LIMIT,
             max_field_size=LINE_LIMIT,
         )
-        accepting = asyncio.create_task(Door(connection, context, bounds).run(listening))
-        watching = asyncio.create_task(CertificateWatch(own, lambda: _close_expired(app)).run())
+        accepting = Door(connection, context, bounds).run(listening)
+        watching = CertificateWatch(own, lambda: _close_expired(app)).run()
         try:
-            yield Server(_url(listening), own, context)
+            async with _beside(accepting, watching):
+                yield Server(_url(listening), own, context)
         finally:
-            accepting.cancel()
-            watching.cancel()
-            await asyncio.wait({accepting, watching})
             listening.close()
             await runner.cleanup()
     finally:
         listening.close()
+
+
+@asynccontextmanager
+async def _beside(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Lets works that have no end of their own go on until the block is left; one that fails ends the block.
+
+    Raises:
+        Exception: what a work failed with, or the block; never a group.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+    except ExceptionGroup as failures:
+        failure: Exception = failures
+        while isinstance(failure, ExceptionGroup):
+            failure = failure.exceptions[0]
+        raise failure from failure.__cause__
 
 
 def _listen(where: Listen) -> socket.socket:

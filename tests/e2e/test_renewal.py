@@ -1,4 +1,7 @@
-"""Certificates that are renewed, and that expire, while a service runs: over real TLS."""
+"""Certificates that are renewed, and that expire, while a service runs: over real TLS.
+
+Size: one service, and every way in which a certificate of it, or of a client, is replaced or ends.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,31 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.audit import AuditEntry
-from harness.certificate_watch import LOOK_S
+from harness.certificate_watch import LOOK_S, CertificateWatch
 from harness.config import Listen, TlsSettings
+from harness.door import Door
 from harness.errors import (
     AccessDenied,
     CertificateRefused,
+    ConfigError,
     HarnessError,
     NotReady,
     PeerRefusedUs,
     PeerUnreachable,
     StoreError,
 )
+from harness.own_certificate import OwnCertificate
 from harness.peer import PeerClient
-from harness.pki import Role, load_certificate, now
-from harness.tls import certificate_requester, identities_of
+from harness.pki import Issued, Role, load_certificate, now
+from harness.tls import ServerJudge, certificate_requester, identities_of
 from harness.web import Route, accept_channel, application, peer_of, serve
-from tests.support.certificates import pem, put_in_place, reissue, until_expired
+from tests.support.certificates import odd, pem, put_in_place, reissue, until_expired
 from tests.support.web_lab import ANYBODY, WAIT_S, Pki, wire
 
+ODD = ("curve", "key algorithm", "signature algorithm")
 BODY = {"reason": "it would have expired"}
 
 
@@ -88,6 +96,10 @@ async def served(pki: Pki, tls: TlsSettings | None = None, *, fault: StoreError 
         yield Served(server.url, tls, entries, ended)
 
 
+def odd_pem(issued: Issued, what: str) -> str:
+    return odd(issued, what).public_bytes(Encoding.PEM).decode()
+
+
 async def shown_by(port: int, tls: TlsSettings) -> x509.Certificate:
     """The certificate that the server shows in a new handshake."""
     async with wire(tls, port) as bare:
@@ -133,6 +145,9 @@ async def test_a_renewed_certificate_is_shown_at_once_and_audited(pki: Pki) -> N
         ("another authority", CertificateRefused),
         ("expired", CertificateRefused),
         ("not valid yet", CertificateRefused),
+        ("odd curve", CertificateRefused),
+        ("odd key algorithm", CertificateRefused),
+        ("odd signature algorithm", CertificateRefused),
         ("two certificates", PeerRefusedUs),
         ("no certificate", PeerRefusedUs),
         ("no reason", PeerRefusedUs),
@@ -153,6 +168,7 @@ async def test_what_is_no_renewal_is_refused(pki: Pki, case: str, error: type[Ha
             "another authority": {"certificate": pem(reissue(pki, running.tls, authority="alice"))},
             "expired": {"certificate": pem(reissue(pki, running.tls, seconds=-60))},
             "not valid yet": {"certificate": pem(reissue(pki, running.tls, at=now().replace(year=now().year + 1)))},
+            **{f"odd {what}": {"certificate": odd_pem(good, what)} for what in ODD},
             "two certificates": {"certificate": pem(good) + pem(good)},
             "no certificate": {"certificate": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"},
             "no reason": {"reason": " "},
@@ -216,17 +232,18 @@ async def test_a_file_that_another_tool_renewed_is_noticed(pki: Pki) -> None:
         await eventually(lambda: shown_by(running.port, operator), new.certificate)
 
 
-@pytest.mark.parametrize("content", ["", "half a certificate", "foreign"])
+@pytest.mark.parametrize("content", ["", "half a certificate", "foreign", *ODD])
 async def test_a_bad_file_is_an_error_event_and_the_old_certificate_stays(
     pki: Pki, content: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty, half written, or on another key: told once in the log; a good one afterwards is taken."""
+    """Empty, half written, on another key, or on one that nobody can use: told once; a good one is taken."""
     operator = pki.tls("provider", Role.PROVIDER_OPERATOR, "op")
     async with served(pki) as running:
         before = load_certificate(running.tls.certificate)
         good = reissue(pki, running.tls)
         foreign = reissue(pki, running.tls, key=ec.generate_private_key(ec.SECP256R1()))
-        text = {"half a certificate": pem(good)[:300], "foreign": pem(foreign)}.get(content, content)
+        made = {"half a certificate": pem(good)[:300], "foreign": pem(foreign)}
+        text = odd_pem(good, content) if content in ODD else made.get(content, content)
         running.tls.certificate.write_text(text)
         said = ""
         async with asyncio.timeout(WAIT_S):
@@ -237,6 +254,88 @@ async def test_a_bad_file_is_an_error_event_and_the_old_certificate_stays(
         put_in_place(good, running.tls)
         await eventually(lambda: shown_by(running.port, operator), good.certificate)
         assert (said + capfd.readouterr().err).count("certificate_refused") == 1
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_a_client_goes_on_under_an_odd_file(pki: Pki, what: str) -> None:
+    """A certificate that parses and cannot be used is no error of a call: the one before is shown."""
+    tls = pki.tls("alice")
+    async with served(pki) as running, PeerClient(tls, running.url) as client:
+        before = await client.get("/v1/whoami")
+        good = reissue(pki, tls)
+        tls.certificate.write_text(odd_pem(good, what))
+        for _ in range(2):
+            assert await client.get("/v1/whoami") == before
+        put_in_place(good, tls)
+        assert await client.get("/v1/whoami") == before
+
+
+@pytest.mark.parametrize("what", ODD[:2])
+def test_a_service_does_not_start_with_an_odd_certificate(pki: Pki, what: str) -> None:
+    """One sentence that names the file."""
+    tls = pki.tls("alice")
+    tls.certificate.write_text(odd_pem(reissue(pki, tls), what))
+    with pytest.raises(ConfigError, match=f"{tls.certificate}: its key cannot be used"):
+        OwnCertificate(tls)
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_peer_with_an_odd_certificate_is_denied(pki: Pki, what: str) -> None:
+    """Whatever the TLS layer lets through: a refusal, by the server and by a client that pinned the key."""
+    tls = pki.tls("alice", trusts=("alice",))
+    der = odd(reissue(pki, tls), what).public_bytes(Encoding.DER)
+    with pytest.raises(AccessDenied, match="no authority that is known here"):
+        identities_of(tls).peer(der)
+    if what in ODD[:2]:
+        with pytest.raises(CertificateRefused, match="its key cannot be used"):
+            ServerJudge(pinned=load_certificate(tls.certificate))(der)
+
+
+# --- the server's own tasks ----------------------------------------------------------------------------------
+
+
+async def test_a_look_that_fails_is_not_the_last(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An unforeseen exception of one look is told, and the next look finds the renewed file."""
+    operator = pki.tls("provider", Role.PROVIDER_OPERATOR, "op")
+    refresh, faults = OwnCertificate.refresh, iter([ZeroDivisionError("unforeseen")])
+
+    def fail_once(own: OwnCertificate) -> bool:
+        for fault in faults:
+            raise fault
+        return refresh(own)
+
+    monkeypatch.setattr(OwnCertificate, "refresh", fail_once)
+    async with served(pki) as running:
+        new = reissue(pki, running.tls)
+        put_in_place(new, running.tls)
+        await eventually(lambda: shown_by(running.port, operator), new.certificate)
+    assert "internal_fault" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("task", [CertificateWatch, Door])
+async def test_a_server_ends_with_each_of_its_tasks(pki: Pki, task: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts nobody, or does not watch its certificate, is not kept: its caller gets the fault."""
+
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr(task, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        async with asyncio.timeout(WAIT_S), served(pki):
+            await asyncio.Event().wait()
+
+
+async def test_a_fault_of_the_caller_comes_out_as_it_is(pki: Pki) -> None:
+    """Not as a group, and with its own cause."""
+    with pytest.raises(StoreError) as caught:
+        async with served(pki):
+            raise StoreError("disk full") from OSError("no space")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+# --- a client's file -----------------------------------------------------------------------------------------
 
 
 async def test_a_client_shows_its_renewed_certificate_in_the_next_call(pki: Pki) -> None:

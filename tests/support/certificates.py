@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -14,6 +15,9 @@ from harness.tls import role_and_name
 from tests.support.web_lab import Pki
 
 LONG_S = 86400.0
+_P256 = bytes.fromhex("06082a8648ce3d030107")
+_EC_KEY = bytes.fromhex("06072a8648ce3d0201")
+_ECDSA_SHA256 = bytes.fromhex("06082a8648ce3d040302")
 
 
 def reissue(
@@ -37,6 +41,21 @@ def reissue(
 def pem(issued: Issued) -> str:
     """The certificate as text."""
     return issued.certificate.public_bytes(Encoding.PEM).decode()
+
+
+def odd(issued: Issued, what: str) -> x509.Certificate:
+    """The certificate with a curve, an algorithm of its key, or one of its signature that nobody knows.
+
+    It can be parsed: only what uses its key or its signature fails.
+    """
+    known, unknown = {
+        "curve": (_P256, _P256[:-1] + b"\x7f"),
+        "key algorithm": (_EC_KEY, _EC_KEY[:-1] + b"\x7f"),
+        "signature algorithm": (_ECDSA_SHA256, _ECDSA_SHA256[:-1] + b"\x7f"),
+    }[what]
+    der = issued.certificate.public_bytes(Encoding.DER)
+    assert known in der
+    return x509.load_der_x509_certificate(der.replace(known, unknown))
 
 
 def put_in_place(issued: Issued, tls: TlsSettings) -> None:
