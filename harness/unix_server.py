@@ -22,16 +22,24 @@ _LINE_LIMIT = 64 * 1024
 
 
 class UnixServer:
-    """One listening socket, mode 0600.
+    """One listening socket.
 
     Args:
         path: of the socket; what is there is replaced.
         serve: serves one client until it ends; its connection is closed for it.
+        mode: who may connect; others than the owner only where each client is judged by its user id.
     """
 
-    def __init__(self, path: Path, serve: Callable[[StreamReader, StreamWriter], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        serve: Callable[[StreamReader, StreamWriter], Coroutine[Any, Any, None]],
+        *,
+        mode: int = 0o600,
+    ) -> None:
         self._path = path
         self._serve = serve
+        self._mode = mode
         self._clients: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -85,4 +93,4 @@ class UnixServer:
         self._path.unlink(missing_ok=True)
 
     def _protect(self) -> None:
-        self._path.chmod(0o600)
+        self._path.chmod(self._mode)

@@ -63,7 +63,8 @@ class LocalSocket:
         self._ca = ca
         self._residency = residency
         self._journal = journal
-        self._server = UnixServer(path, self._serve)
+        shared = self._uids - {0, os.geteuid()}  # swtpm's user must be able to connect; `_answer` judges who it is
+        self._server = UnixServer(path, self._serve, mode=0o666 if shared else 0o600)
 
     async def start(self) -> None:
         """Listens. Raises SimulationError when the socket cannot be made there."""

@@ -1,4 +1,7 @@
-"""vTPMs made by the real swtpm_setup, certified through the tool, the local socket and the CA key of the host."""
+"""vTPMs made by the real swtpm_setup, certified through the tool, the local socket and the CA key of the host.
+
+Size: one way into life, and everything that may go wrong on it.
+"""
 
 from __future__ import annotations
 
@@ -332,11 +335,11 @@ ASK = "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.send(b'%
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
 @pytest.mark.parametrize("op", ["starting", "release", "audit"])
 async def test_swtpms_user_asks_for_certificates_only(folder: Path, ca: SoftCa, op: str) -> None:
-    """It is in the settings, and may neither say what a guest starts with, nor release it, nor read who did."""
+    """It is in the settings and so it can connect; it may neither say what a guest starts with, nor release it, nor read
+    who did."""
     nobody = 65534
     async with vtpm_host(folder, ca.public, ca.sign, peer_uids={0, nobody}) as host:
         os.chmod(folder, 0o755)  # noqa: S103 - that user must get as far as the socket
-        os.chmod(host.socket, 0o666)  # noqa: S103
         line = json.dumps({"op": op, "agent_id": str(GUEST), "reason": "r", "state_dir": "/"})
         child = await asyncio.create_subprocess_exec(
             "/usr/bin/python3", "-c", ASK % line, str(host.socket), user=nobody, stdout=asyncio.subprocess.PIPE
