@@ -335,8 +335,8 @@ ASK = "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.send(b'%
 @pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
 @pytest.mark.parametrize("op", ["starting", "release", "audit"])
 async def test_swtpms_user_asks_for_certificates_only(folder: Path, ca: SoftCa, op: str) -> None:
-    """It is in the settings and so it can connect; it may neither say what a guest starts with, nor release it, nor read
-    who did."""
+    """It is in the settings, so it can connect; it may not say what a guest starts with, nor release it, nor read who
+    did."""
     nobody = 65534
     async with vtpm_host(folder, ca.public, ca.sign, peer_uids={0, nobody}) as host:
         os.chmod(folder, 0o755)  # noqa: S103 - that user must get as far as the socket
