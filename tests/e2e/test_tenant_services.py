@@ -1,4 +1,7 @@
-"""Registrar, verifier and guest agent over real mutual TLS, with a real vTPM: from enrolment to the payload."""
+"""Registrar, verifier and guest agent over real mutual TLS, with a real vTPM: from enrolment to the payload.
+
+Size: one tenant, from its first host to its last call.
+"""
 
 from __future__ import annotations
 

@@ -189,6 +189,16 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
+def too_long(folder: Path) -> list[Finding]:
+    """Files below a folder that are too long and give no reason for it, whatever they import."""
+    return [
+        finding
+        for file in sorted(folder.rglob("*.py"))
+        for source in [file.read_text(encoding="utf-8")]
+        for finding in _size(ast.parse(source), file.relative_to(folder).as_posix(), source)
+    ]
+
+
 def _size(tree: ast.Module, path: str, source: str) -> Iterator[Finding]:
     lines = len(source.splitlines())
     reason = any(line.strip().startswith("Size:") for line in (ast.get_docstring(tree) or "").splitlines())

@@ -30,6 +30,11 @@ def test_the_package_breaks_no_rule() -> None:
     assert not findings, "\n" + "\n".join(map(str, findings))
 
 
+def test_no_file_of_the_tests_is_long_without_a_reason() -> None:
+    """The rule about the size of files holds for tests, too."""
+    assert layering.too_long(Path(__file__).parents[1]) == []
+
+
 def test_the_checker_reads_this_package() -> None:
     """The checker looks at the real files: it finds the modules that every import arrow starts from."""
     names = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
@@ -135,6 +140,16 @@ def test_a_long_file_with_a_reason_is_no_finding(tmp_path: Path) -> None:
         "full.py": "x = 1\n" * layering.LINE_LIMIT,
     }
     assert layering.check(tree(tmp_path, files)) == []
+
+
+def test_a_long_test_file_without_a_reason_is_named(tmp_path: Path) -> None:
+    """By its path; one that is short enough, or has a reason, is not."""
+    files = {
+        "a/long.py": "x = 1\n" * 401,
+        "short.py": "x = 1\n",
+        "why.py": '"""A.\n\nSize: b.\n"""\n' + "x = 1\n" * 400,
+    }
+    assert [finding.path for finding in layering.too_long(tree(tmp_path, files))] == ["a/long.py"]
 
 
 def test_a_finding_names_file_line_and_rule(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -113,6 +115,16 @@ def test_what_counts_as_skipping_everything(counts: Mapping[str, int], verdict: 
 def test_required_names_are_a_comma_separated_list(value: str, names: set[str]) -> None:
     """HARNESS_REQUIRE is a comma-separated list; blanks and empty entries do not count."""
     assert requirements.required({"HARNESS_REQUIRE": value}) == names
+
+
+@pytest.mark.parametrize("file", ["tox.ini", ".ci/run"])
+def test_what_a_test_may_need_is_required_in_full_runs(file: str) -> None:
+    """For each marker ``needs_X`` the end-to-end run names X: there no such test is skipped."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    markers = project["tool"]["pytest"]["ini_options"]["markers"]
+    needed = {marker.partition(":")[0].removeprefix("needs_") for marker in markers if marker.startswith("needs_")}
+    lists = re.findall(r"HARNESS_REQUIRE *= *(\S+)", (ROOT / file).read_text(encoding="utf-8"))
+    assert needed <= requirements.required({"HARNESS_REQUIRE": lists[0]})
 
 
 def test_the_rng_of_a_test_follows_from_its_name_and_the_seed(
