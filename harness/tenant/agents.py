@@ -7,6 +7,8 @@ Invariants:
     4. An operator's act is stored, with its audit entry, before it is in force.
     5. A round under earlier reference values never counts for later ones: its session has ended before they are
        stored, and no success is carried over.
+    6. An alarm that a session raised and could not store outlives it: it is stored with the act that ends the session,
+       or by the session that follows.
 
 Owner: the verifier's event loop; tasks belong to the TaskGroup that is handed in.
 
@@ -225,17 +227,24 @@ class Agents:
         running.task.cancel()
         await asyncio.wait({running.task})
         earlier = running.session
-        then = (earlier.plan, earlier.progress)
         try:
             # a guest that moved while its session ended has changed the request, too
             agent = agent.model_copy(
                 update={name: getattr(running.agent, name) for name in ("cloudagent_ip", "cloudagent_port")}
             )
             progress = replace(earlier.progress, last_success=None)
-            await self._store.set_policy(plan.agent_id, agent.model_dump_json(), progress, entry)
-            running.agent, then = agent, (plan, progress)
-        finally:
-            running.session, running.task = self._run(running.guest, running.agent, *then)
+            await self._store.set_policy(plan.agent_id, agent.model_dump_json(), progress, entry, earlier.alarm)
+        except BaseException:
+            self._restore(running)
+            raise
+        running.agent = agent
+        running.session, running.task = self._run(running.guest, agent, plan, progress)
+
+    def _restore(self, running: _Running) -> None:
+        """Starts a session that has ended again, as it was."""
+        earlier = running.session
+        plan, progress = earlier.plan, earlier.progress
+        running.session, running.task = self._run(running.guest, running.agent, plan, progress, after=earlier)
 
     async def delete(self, agent_id: AgentId, act: Act) -> None:
         """Ends a session and forgets the agent.
@@ -259,9 +268,9 @@ class Agents:
         running.task.cancel()
         await asyncio.wait({running.task})
         try:
-            await self._store.remove(session.plan.agent_id, entry)
+            await self._store.remove(session.plan.agent_id, entry, session.alarm)
         except BaseException:
-            running.session, running.task = self._run(running.guest, running.agent, session.plan, session.progress)
+            self._restore(running)
             raise
         session.delete()
         del self._running[session.plan.agent_id]
@@ -301,7 +310,14 @@ class Agents:
         self._running[agent_id] = _Running(agent, snapshot, guest, session, task)
 
     def _run(
-        self, guest: FollowedGuest, agent: AddAgent, plan: Plan, progress: Progress, *, start_within_s: float = 0.0
+        self,
+        guest: FollowedGuest,
+        agent: AddAgent,
+        plan: Plan,
+        progress: Progress,
+        *,
+        start_within_s: float = 0.0,
+        after: Session | None = None,
     ) -> tuple[Session, asyncio.Task[None]]:
         ports = Ports(
             guest=guest,
@@ -309,7 +325,7 @@ class Agents:
             records=self._store,
             clock=self._clock,
         )
-        session = Session(plan, ports, progress, start_within_s=start_within_s)
+        session = Session(plan, ports, progress, start_within_s=start_within_s, after=after)
         return session, self._group.create_task(session.run(), name=f"session {plan.agent_id}")
 
     async def _look(self, agent_id: AgentId) -> None:

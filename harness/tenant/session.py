@@ -13,7 +13,7 @@ Invariants:
     3. Within a round the host is asked after the guest's evidence was accepted, and bound to exactly that evidence.
     4. V leaves only through `Round.accepted_key`, which exists only when every layer that the plan needs was accepted
        in the same round.
-    5. A finding is stored, with its alarm, before the session may end: a stop of the service does not lose it.
+    5. A finding is stored, with its alarm, before the session may end, or handed to the one that takes its place.
     6. An exception that is not a peer's failure ends in TENANT_FAILED: no path leads from it to "attested".
     7. A success counts from the moment of its acceptance, and only once it is stored. It is over after three intervals
        of the monotonic clock and of the wall clock, whichever is faster: a clock that jumps makes nobody attested.
@@ -59,9 +59,12 @@ class Session:
         progress: what was reached before, as stored.
         start_within_s: the first question is asked within this time, at random: sessions of a verifier that starts
             do not all ask at once.
+        after: the session whose place it takes: what that one may not have stored is stored first.
     """
 
-    def __init__(self, plan: Plan, ports: Ports, progress: Progress, *, start_within_s: float = 0.0) -> None:
+    def __init__(
+        self, plan: Plan, ports: Ports, progress: Progress, *, start_within_s: float = 0.0, after: Session | None = None
+    ) -> None:
         self.plan = plan
         self._ports = ports
         self._progress = progress
@@ -69,7 +72,8 @@ class Session:
         self._books = Books(plan.agent_id, ports.clock, ports.chance, plan.timing)
         self._success_at = self._restored_success()  # monotonic
         self._due: float | None = None  # monotonic, while the session waits
-        self._alarm: Alarm | None = None  # raised, to be stored with what comes next
+        self.alarm: Alarm | None = after.alarm if after else None  # raised, to be stored with what comes next
+        self._unstored = after is not None and (after.state in STOPPED or after.alarm is not None)
         self._retries = Retries(plan.timing)
         self._rounds = Rounds(plan, ports)
         self._round: Round | None = None
@@ -102,6 +106,11 @@ class Session:
     def progress(self) -> Progress:
         """What was reached so far."""
         return self._progress
+
+    @property
+    def trouble(self) -> Finding | None:
+        """Why there was no success since the last one, while the session goes on by itself."""
+        return self._finding if self.state in ACTIVE else None
 
     @property
     def store_fault(self) -> StoreError | None:
@@ -168,6 +177,9 @@ class Session:
     async def _guarded_step(self, event: Event | None) -> Event | None:
         """One step; None asks for the operator. This is the task's border: what is unknown ends in TENANT_FAILED."""
         try:
+            if self._unstored:
+                self._unstored = False
+                await self._save(self._progress)
             return await self._await_operator() if event is None else await self._step(event)
         except Exception as error:
             events.emit(
@@ -226,13 +238,13 @@ class Session:
         await self._save(self._progress)
 
     async def _store_baseline(self) -> None:
-        reboot, alarm = (self._finding.reboot if self._finding else None), self._alarm
+        reboot, alarm = (self._finding.reboot if self._finding else None), self.alarm
         if reboot is None or alarm is None:
             raise IllegalTransition("a baseline is to be stored without a reboot and its alarm")
 
         async def store() -> None:
             await self._ports.records.replace_baseline(reboot, alarm)
-            self._alarm = None
+            self.alarm = None
 
         await self._books.write(store)
         self._rounds.require_host()
@@ -244,7 +256,7 @@ class Session:
         host_id = None if self.plan.host is None else str(self.plan.host.host_id)
         events.emit("alarm", agent_id=str(self.plan.agent_id), host_id=host_id, layer=finding.layer, kind=finding.error)
         detail = f"{finding.layer}: {finding.detail}"
-        self._alarm = Alarm(kind=finding.error, agent_id=self.plan.agent_id, host_id=host_id, detail=detail)
+        self.alarm = Alarm(kind=finding.error, agent_id=self.plan.agent_id, host_id=host_id, detail=detail)
 
     async def _log_error(self) -> None:
         detail = self._finding.detail if self._finding else ""
@@ -252,11 +264,11 @@ class Session:
 
     async def _save(self, reached: Progress, *, success_at: float | None = None) -> None:
         """Stores what was reached, with the alarm that was raised; only then it is what others see."""
-        alarm = self._alarm
+        alarm = self.alarm
 
         async def store() -> None:
             await self._ports.records.save(self.plan.agent_id, reached, alarm)
-            self._progress, self._alarm = reached, None
+            self._progress, self.alarm = reached, None
             self._success_at = self._success_at if success_at is None else success_at
 
         await self._books.write(store)

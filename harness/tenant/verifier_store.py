@@ -5,7 +5,8 @@ Invariants:
        allowed reboot (compare and set), or a later enrolment of the key.
     2. Reads of baselines see every committed write: one process owns the table, and writes go through one lock.
     3. V is stored until it was delivered, and is removed in the same transaction that records the delivery.
-    4. A finding and its alarm, an operator's act and its audit entry, are one transaction each.
+    4. A finding and its alarm, an operator's act and its audit entry, are one transaction each; an act that ends a
+       session takes along the alarm that the session could not store.
 
 Owner: the verifier's event loop.
 
@@ -100,11 +101,13 @@ class VerifierStore:
                 )
             )
 
-    async def remove(self, agent_id: AgentId, entry: AuditEntry) -> None:
-        """Forgets an agent; baselines stay, they belong to keys."""
+    async def remove(self, agent_id: AgentId, entry: AuditEntry, alarm: Alarm | None = None) -> None:
+        """Forgets an agent; baselines stay, they belong to keys, and so does an alarm that was not stored yet."""
         async with self._writing, self._store.begin() as session:
             await session.execute(delete(Agent).where(Agent.agent_id == str(agent_id)))
             audit_store.record(session, AuditRow, entry)
+            self._add_alarm(session, alarm)
+        self._tell_of(alarm)
 
     # --- acts of the operator, and what follows a guest ---------------------------------------------------
 
@@ -133,13 +136,17 @@ class VerifierStore:
             if not done:
                 self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
 
-    async def set_policy(self, agent_id: AgentId, request: str, progress: Progress, entry: AuditEntry) -> None:
-        """Stores an agent's new request, what its session had reached, and the act."""
+    async def set_policy(
+        self, agent_id: AgentId, request: str, progress: Progress, entry: AuditEntry, alarm: Alarm | None = None
+    ) -> None:
+        """Stores an agent's new request, what its session reached, an alarm that it could not store, and the act."""
         async with self._writing, self._store.begin() as session:
             row = await _put_progress(session, agent_id, progress)
             if row is not None:
                 row.request = request
             audit_store.record(session, AuditRow, entry)
+            self._add_alarm(session, alarm)
+        self._tell_of(alarm)
 
     async def moved(self, agent_id: AgentId, request: str, snapshot: str) -> None:
         """Stores where a guest is reached now."""
@@ -155,8 +162,7 @@ class VerifierStore:
         async with self._writing, self._store.begin() as session:
             await _put_progress(session, agent_id, progress)
             self._add_alarm(session, alarm)
-        if alarm is not None:
-            self.alarmed.set()
+        self._tell_of(alarm)
 
     async def baseline(self, ak_name: bytes) -> ClockBaseline | None:
         """See `Records`."""
@@ -181,7 +187,7 @@ class VerifierStore:
                 self._add_alarm(session, alarm)
             if replaces:
                 self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
-        self.alarmed.set()
+        self._tell_of(alarm)
         return replaces
 
     async def enrolled(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
@@ -195,6 +201,10 @@ class VerifierStore:
         async with self._store.begin() as session:
             await _put_baseline(session, ak_name, baseline, enrolled_at)
         self._baselines[ak_name] = (baseline, enrolled_at)
+
+    def _tell_of(self, stored: Alarm | None) -> None:
+        if stored is not None:
+            self.alarmed.set()
 
     def _add_alarm(self, session: AsyncSession, alarm: Alarm | None) -> None:
         if alarm is None:

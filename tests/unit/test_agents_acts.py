@@ -15,7 +15,7 @@ from harness.tenant.agents import Agents
 from harness.tenant.alarms_store import AlarmStore
 from tests.support.manual_time import settle
 from tests.support.tenant_wire import AGENT, Wire
-from tests.support.verifier_peers import ACT, FakePeers, body, opened, until, verifier
+from tests.support.verifier_peers import ACT, WAIT_S, FakePeers, body, opened, until, verifier
 
 
 @pytest.fixture
@@ -261,3 +261,49 @@ async def test_acts_that_meet_do_not_mix(database: Store) -> None:
         await until(agents, AGENT, state="INVALID_QUOTE", failed_check=9)
         assert agents.policy(AGENT)["guest_policy"] == policy(bytes(32))["guest_policy"]
     assert await audited(database) == [entry("policy-set")]
+
+
+# --- findings that wait for the database --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["act is stored", "act fails"])
+@pytest.mark.parametrize("act", ["set_policy", "delete"])
+async def test_an_act_loses_no_alarm_that_waits_for_the_database(
+    database: Store, monkeypatch: pytest.MonkeyPatch, act: str, stored: bool
+) -> None:
+    """A finding cannot be stored, and an act ends its session: its alarm is raised once, whatever comes of the act."""
+    peers = FakePeers(Wire())
+    async with verifier(database, peers) as agents:
+        await agents.add(AGENT, body(peers.wire))
+        await until(agents, AGENT, attested=True)
+        peers.wire.guest.tpm.pcrs[0] = bytes(32)
+        with monkeypatch.context() as patch:
+            tried = asyncio.Event()
+
+            def locked(*_: object) -> None:
+                tried.set()
+                raise StoreError("locked")
+
+            patch.setattr("harness.tenant.verifier_store._put_progress", locked)
+            await peers.wire.time.advance(2.0)
+            async with asyncio.timeout(WAIT_S):
+                await tried.wait()
+            await settle()
+        assert await AlarmStore(database).alarms() == []
+        if stored:
+            await _do(agents, act)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr("harness.audit_store.record", failing)
+                with pytest.raises(StoreError):
+                    await _do(agents, act)
+            assert agents.view(AGENT)["state"] == "INVALID_QUOTE"
+        async with asyncio.timeout(WAIT_S):
+            while not await AlarmStore(database).alarms():
+                await peers.wire.time.advance(1.0)
+        await peers.wire.time.advance(600)
+        await settle()
+        assert [record.alarm.kind for record in await AlarmStore(database).alarms()] == ["ReferenceValueMismatch"]
+    left = [] if act == "delete" and stored else ["INVALID_QUOTE"]
+    async with verifier(database, peers) as agents:
+        assert [agents.view(each)["state"] for each in agents.ids()] == left
