@@ -101,7 +101,7 @@ async def test_what_was_committed_is_there_after_a_restart(opened: Opener, datab
 
 
 async def test_sqlite_is_set_up(opened: Opener, file_url: str, tmp_path: Path) -> None:
-    """Write-ahead log, foreign keys, a bounded wait for locks; and the files are their owner's only."""
+    """Write-ahead log that is on the disk at each commit, foreign keys, a bounded wait for locks; private files."""
     store = await opened(file_url)
     async with store.begin() as session:
         found = {
@@ -111,7 +111,7 @@ async def test_sqlite_is_set_up(opened: Opener, file_url: str, tmp_path: Path) -
         session.add(Host(name="h"))
         await session.flush()
         assert modes(tmp_path) == {0o600}
-    assert found == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 5000, "synchronous": 1}
+    assert found == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 5000, "synchronous": 2}
 
 
 async def test_an_exception_rolls_back(store: Store) -> None:
@@ -171,6 +171,23 @@ async def test_a_caller_may_catch_what_its_flush_violates(store: Store) -> None:
     with pytest.raises(NotFound):
         await write_again()
     assert await rounds(store) == 1
+
+
+async def test_an_error_tells_no_value_of_a_row(store: Store) -> None:
+    """What a statement was given, a key or a secret, is in no error text, and so in no log."""
+    async with store.begin() as session:
+        session.add(Host(name="5ec3e7"))
+
+    async def write_again() -> None:
+        async with store.begin() as session:
+            await session.execute(insert(Host).values(name="5ec3e7", rounds=2))
+
+    with pytest.raises(StoreError) as refused:
+        await write_again()
+    cause = refused.value.__cause__
+    assert isinstance(cause, IntegrityError)
+    assert "INSERT INTO hosts" in str(cause)
+    assert "[parameters: (" not in str(cause)
 
 
 async def test_transactions_do_not_overtake_each_other(store: Store) -> None:
