@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import sqlite3
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from harness.config import SiteSettings, load
+from harness.peer import PeerClient
 from tests.support.ways_back import WHY, WaysBack, raises, ways_back
 
 pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
@@ -116,6 +122,30 @@ def test_a_power_cut(lab: WaysBack) -> None:
     lab.until("a clock that is not safe", lambda: "ClockNotSafe" in lab.errors("vm2", "bob"))
     _accept_reboot(lab)
     lab.settled("HostRebooted")
+
+
+@raises("ClockNotSafe", "HostRebooted")
+def test_a_clock_that_is_not_safe_for_longer_than_the_order_allows(lab: WaysBack) -> None:
+    """The session fails with the finding; once the clock is safe a plain resume is enough."""
+    asyncio.run(_order_again(lab, "bob", "vm2", clock_unsafe_limit_s=0.1))
+    lab.attested("vm2")
+    lab.of_host({"op": "power_cycle", "orderly": False})
+    lab.stopped("vm2", state="FAILED", check=10, error="ClockNotSafe")
+    lab.advised("vm2", "bob", "once it is safe again: `harness tenant guest resume vm2")
+    _accept_reboot(lab)
+    lab.resumed("vm2", "bob")
+    lab.settled("ClockNotSafe", "HostRebooted")
+
+
+async def _order_again(lab: WaysBack, tenant: str, guest: str, **changes: object) -> None:
+    """What a tenant does over the REST API where the command line has no option: the same order with a change."""
+    with contextlib.closing(sqlite3.connect(lab.state / "t" / tenant / "verifier.db", timeout=30)) as database:
+        (text,) = database.execute("SELECT request FROM agents WHERE agent_id = ?", (lab.ids[guest],)).fetchone()
+    site = load(lab.state / "site.yml", SiteSettings).tenants[tenant]
+    path = f"/v2.1/agents/{lab.ids[guest]}"
+    async with PeerClient(site.operator, site.verifier) as verifier:
+        await verifier.delete(path)
+        await verifier.post(path, {**json.loads(text), **changes})
 
 
 def _restart(lab: WaysBack, guest: str) -> None:

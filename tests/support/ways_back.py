@@ -34,16 +34,23 @@ _ACTIVE = {state.name for state in ACTIVE}
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
-def raises(*kinds: str) -> Callable[[Test], Test]:
-    """A test that raises alarms of these kinds, and has them acknowledged by `WaysBack.settled` before it ends."""
+def raises(*kinds: str, perhaps: tuple[str, ...] = ()) -> Callable[[Test], Test]:
+    """A test that raises alarms of these kinds, and has them acknowledged by `WaysBack.settled` before it ends.
+
+    Args:
+        kinds: of a test with a table: all that its rows raise.
+        perhaps: others that come or not, by who is faster.
+    """
 
     def declare(test: Test) -> Test:
         @functools.wraps(test)
         def checked(*args: object, lab: WaysBack, **kwargs: object) -> None:
             lab.seen_kinds = frozenset()
             test(*args, lab=lab, **kwargs)
-            assert lab.seen_kinds, "the test settled no alarm"
-            assert lab.seen_kinds <= set(kinds), f"declared {sorted(kinds)}, raised {sorted(lab.seen_kinds)}"
+            sure = lab.seen_kinds - set(perhaps)
+            told = f"declared {sorted(kinds)}, raised {sorted(lab.seen_kinds)}"
+            assert sure <= set(kinds), told
+            assert sure == set(kinds) or (sure and hasattr(checked, "pytestmark")), told
 
         checked.alarm_kinds = frozenset(kinds)  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
