@@ -44,6 +44,8 @@ T = TypeVar("T")
 Contact = GuestContact | EnrolmentError | None
 """A guest that registered, one that was refused, or one that is under attestation already."""
 READY_S = 60.0
+CHANGED = "changed in the lab's topology"
+"""Reason, in the audit trails, of what a person changed in ``lab.yml``."""
 _ENROLMENT_S = 120.0
 _GUEST_S = 90.0
 _VERDICT_S = 120.0
@@ -108,11 +110,12 @@ class Onboarding:
 
     # --- the provider -------------------------------------------------------------------------------------
 
-    async def onboard(self, *, away: Collection[str] = ()) -> None:
+    async def onboard(self, *, away: Collection[str] = (), other_allowlist: Collection[str] = ()) -> None:
         """Adds the tenants at the provider, waits for the hosts, and lets the tenants see what they may.
 
         Args:
             away: hosts that are not waited for.
+            other_allowlist: tenants that may see something else than before.
 
         Raises:
             HarnessError: a service refused or did not answer in time.
@@ -128,7 +131,7 @@ class Onboarding:
         for tenant in self._plan.tenants:
             shown = known.get(tenant.name, {}).get("allowlists", {})
             for host_id in self._hosts.values():
-                if str(host_id) not in shown:
+                if str(host_id) not in shown or tenant.name in other_allowlist:
                     await self.provider.allow(tenant.name, host_id, tenant.allowlist)
 
     async def _announced(self, away: Collection[str]) -> dict[str, HostId]:
@@ -191,8 +194,13 @@ class Onboarding:
             await ask(host.guest_manager, {"op": "start", "uuid": str(guest.agent_id)}, deadline_s=_GUEST_S)
         return image
 
-    async def registered(self, guest: GuestPlan, image: Path) -> Contact:
+    async def registered(self, guest: GuestPlan, image: Path, *, admit_anew: bool = False) -> Contact:
         """Waits for a guest's registration; None when it is under attestation already, an error when it was refused.
+
+        Args:
+            guest: of the plan.
+            image: settings of its agent.
+            admit_anew: it is to be attested in another way than before: what is under way is ended.
 
         Raises:
             HarnessError: it has not registered in time.
@@ -205,7 +213,9 @@ class Onboarding:
         except NotFound:
             pass
         else:
-            return None
+            if not admit_anew:
+                return None
+            await operator.end_attestation(guest.agent_id, CHANGED)
         try:
             contact = await operator.registered(guest.agent_id, deadline_s=_GUEST_S)
         except EnrolmentError as error:
@@ -282,11 +292,12 @@ class Onboarding:
 
     # --- leaving ------------------------------------------------------------------------------------------
 
-    async def remove(self, reason: str) -> list[str]:
+    async def remove(self, reason: str, *, made_anew: Collection[str] = ()) -> list[str]:
         """Removes the guests, tenants and hosts that were in the lab's topology and are in it no more.
 
         Args:
             reason: for the audit trails.
+            made_anew: guests that are in it with another UUID, or on another host.
 
         Returns:
             What was removed, for people.
@@ -297,7 +308,7 @@ class Onboarding:
         *Cancellation:* some are removed; call it again.
         """
         record = LabRecord(self._files.folder)
-        planned = {guest.name for guest in self._plan.guests}
+        planned = {guest.name for guest in self._plan.guests}.difference(made_anew)
         leaving = {AgentId(agent_id): name for name, agent_id in record.guests().items() if name not in planned}
         removed = []
         for entry in await self.patiently(self.provider.guests):

@@ -8,9 +8,12 @@ Spec: DESIGN 6 (labs); docs/threat-model.md lists the cases with the check that 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from harness.errors import ConfigError
 from harness.lab_record import LabRecord
@@ -23,7 +26,7 @@ from harness.lab_topology import (
     policy_of,
 )
 from harness.tenant.policy import Policy
-from harness.values import AgentId, PcrSelection
+from harness.values import AgentId, PcrSelection, pcrs_in
 
 DEMO_HOST = "host1"
 DEMO_PAYLOAD = b"the tenant's secret, released after both layers were accepted\n"
@@ -139,6 +142,31 @@ def plan_of(topology: Topology, record: LabRecord) -> LabPlan:
             for name, guest in of.guests.items()
         ),
     )
+
+
+def settings_of(plan: LabPlan) -> dict[str, Any]:
+    """What a running lab can be brought to when its topology changes, as plain data without secrets."""
+    return {
+        "tenants": {
+            tenant.name: {"allowlist": _lists(tenant.allowlist), "order": _digest(tenant)} for tenant in plan.tenants
+        },
+        "guests": {
+            guest.name: {"agent_id": str(guest.agent_id), "host": guest.host, "scenario": guest.scenario}
+            for guest in plan.guests
+        },
+    }
+
+
+def _lists(allowlist: PcrSelection) -> dict[str, list[int]]:
+    return {bank.text: list(pcrs_in(mask)) for bank, mask in allowlist.banks}
+
+
+def _digest(tenant: TenantPlan) -> str:
+    """SHA-256 of how a tenant's guests are attested; the payload goes in by its own digest."""
+    payload = None if tenant.payload is None else hashlib.sha256(tenant.payload).hexdigest()
+    order = [tenant.host_policy.encode(), tenant.guest_policy.encode(), tenant.allow_reboots, payload]
+    order += [tenant.quote_interval_s, tenant.provider_quote_interval]
+    return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
 
 
 def _tenant(name: str, topology: TenantTopology) -> TenantPlan:

@@ -1,4 +1,4 @@
-"""What a lab must remember between two starts: the ports of its services, the UUIDs of its guests, its hosts' ids.
+"""What a lab must remember between two starts: ports of services, UUIDs of guests, ids of hosts, what was set last.
 
 Addresses are in certificates of trust (a host's pinned URL, a guest's contact): a service comes back where it was.
 
@@ -29,6 +29,7 @@ _FILE = "lab.json"
 _PORTS = range(20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections."""
 _TRIES = 200
+_MORE = frozenset({"applied"})
 
 
 class LabRecord:
@@ -70,6 +71,21 @@ class LabRecord:
             record["guests"].pop(guest, None)
             record["ports"].pop(f"agent-{guest}", None)
 
+    def note_guest(self, guest: str, agent_id: uuid.UUID) -> None:
+        """Notes the UUID of a guest that was stated. Raises ConfigError as `port`."""
+        with self._locked() as record:
+            record["guests"][guest] = str(agent_id)
+
+    def applied(self) -> dict[str, Any]:
+        """What `note_applied` was given last; empty before. Raises ConfigError as `port`."""
+        with self._locked() as record:
+            return dict(record["applied"])
+
+    def note_applied(self, settings: Mapping[str, Any]) -> None:
+        """Notes the settings that the lab has now, as plain data. Raises ConfigError as `port`."""
+        with self._locked() as record:
+            record["applied"] = dict(settings)
+
     def host_ids(self) -> dict[str, str]:
         """Ids of the hosts by name, as far as they have announced themselves. Raises ConfigError as `port`."""
         with self._locked() as record:
@@ -97,16 +113,17 @@ class LabRecord:
         try:
             record = json.loads(self._path.read_bytes())
         except FileNotFoundError:
-            return {"ports": {}, "guests": {}, "hosts": {}}
+            return {"ports": {}, "guests": {}, "hosts": {}, "applied": {}}
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self._path}: is not the record of a lab; `harness lab up --fresh` starts anew"
             ) from error
         match record:
-            case {"ports": dict(ports), "guests": dict(guests), "hosts": dict(hosts), **rest} if not rest:
+            case {"ports": dict(ports), "guests": dict(guests), "hosts": dict(hosts), **rest} if rest.keys() <= _MORE:
                 whole = all(isinstance(port, int) for port in ports.values())
-                if whole and all(map(_is_uuid, (*guests.values(), *hosts.values()))):
-                    return {"ports": ports, "guests": guests, "hosts": hosts}
+                applied = rest.get("applied", {})
+                if whole and all(map(_is_uuid, (*guests.values(), *hosts.values()))) and isinstance(applied, dict):
+                    return {"ports": ports, "guests": guests, "hosts": hosts, "applied": applied}
         raise ConfigError(f"{self._path}: is not the record of a lab; `harness lab up --fresh` starts anew")
 
 

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness import config, console
-from harness.errors import EnrolmentError, HarnessError
+from harness.errors import ConfigError, EnrolmentError, HarnessError
 from harness.lab_control import LabControl
 from harness.lab_folder import open_folder
 from harness.lab_onboarding import Onboarding
-from harness.lab_outcome import GuestOutcome
-from harness.lab_plan import GuestPlan, LabPlan, plan_of
+from harness.lab_outcome import LAB, GuestOutcome
+from harness.lab_plan import GuestPlan, LabPlan, plan_of, settings_of
 from harness.lab_ready import Broken, check_provider, concerned
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite
@@ -92,6 +93,8 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
             await control.down()
             control.wipe()
     removed: list[str] = []
+    record = LabRecord(control.folder) if control.folder.is_dir() else None
+    change = _change(topology, {} if record is None else record.applied(), record)
     if (await control.status()) is None:
         with console.progress("starting hardware TPMs and services"):
             await control.start(topology)
@@ -99,25 +102,67 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
         changed = True
         files = files_of(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:
-            removed = await operators.remove(_REASON)
+            removed = await operators.remove(_REASON, made_anew=change.made_anew)
     else:
         check_provider(await control.broken_services())
         files = files_of(control.folder, topology)
         async with Onboarding(files, _site(control)) as operators:  # while the services of those who leave still run
-            removed = await operators.remove(_REASON)
+            removed = await operators.remove(_REASON, made_anew=change.made_anew)
         with console.progress("bringing the services to what the topology says"):
             changed = await control.apply(topology)
     broken = await control.broken_services()
     check_provider(broken)
-    async with Onboarding(files, _site(control)) as operators:
-        outcomes, admitted = await _attest(operators, files.plan, broken, anew=changed)
-    LabRecord(control.folder).note_hosts({name: str(host_id) for name, host_id in operators.host_ids.items()})
+    record, files = LabRecord(control.folder), files_of(control.folder, topology)  # guests that left have new UUIDs
+    for guest in files.plan.guests:
+        record.note_guest(guest.name, guest.agent_id)
+    async with Onboarding(files, files.site()) as operators:
+        outcomes, admitted = await _attest(operators, files.plan, broken, change, anew=changed)
+    record.note_hosts({name: str(host_id) for name, host_id in operators.host_ids.items()})
+    if all(outcome.layer != LAB for outcome in outcomes):
+        record.note_applied(settings_of(files.plan))  # else the next `up` completes it
     return UpResult(
         folder=control.folder,
-        changed=changed or admitted or bool(removed),
+        changed=changed or admitted or bool(removed) or bool(change.other_allowlist),
         removed=removed,
         outcomes=outcomes,
         seconds=round(time.monotonic() - began, 1),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """What a topology says otherwise than when it was applied last: names of tenants, and of guests."""
+
+    other_allowlist: frozenset[str] = frozenset()
+    other_order: frozenset[str] = frozenset()
+    made_anew: frozenset[str] = frozenset()
+
+
+def _change(topology: Path, applied: Mapping[str, Any], record: LabRecord | None) -> _Change:
+    if record is None or not applied:
+        return _Change()
+    now = settings_of(plan_of(load_topology(topology), record))
+    tenants = {name: (applied["tenants"].get(name), wanted) for name, wanted in now["tenants"].items()}
+    guests = {name: (applied["guests"].get(name), wanted) for name, wanted in now["guests"].items()}
+    anew = {
+        name
+        for name, (was, wanted) in guests.items()
+        if was is not None and (was["agent_id"], was["host"]) != (wanted["agent_id"], wanted["host"])
+    }
+    for name, (was, wanted) in guests.items():
+        if was is not None and name not in anew and was["scenario"] != wanted["scenario"]:
+            raise ConfigError(
+                f"{topology}: guest {name} was made to boot {was['scenario']}; to boot {wanted['scenario']} it is to be"
+                " made anew: remove it, `harness lab up`, and add it again"
+            )
+    return _Change(
+        other_allowlist=frozenset(
+            name for name, (was, wanted) in tenants.items() if was and was["allowlist"] != wanted["allowlist"]
+        ),
+        other_order=frozenset(
+            name for name, (was, wanted) in tenants.items() if was and was["order"] != wanted["order"]
+        ),
+        made_anew=frozenset(anew),
     )
 
 
@@ -132,12 +177,12 @@ def _site(control: LabControl) -> config.SiteSettings:
 
 
 async def _attest(
-    operators: Onboarding, plan: LabPlan, broken: Broken, *, anew: bool
+    operators: Onboarding, plan: LabPlan, broken: Broken, change: _Change, *, anew: bool
 ) -> tuple[list[GuestOutcome], bool]:
     """Verdicts on all guests, and whether one of them was put under attestation just now."""
     hosts, refused = concerned(plan, broken)
     with console.progress("onboarding tenants and hosts"):
-        await operators.onboard(away=hosts.keys())
+        await operators.onboard(away=hosts.keys(), other_allowlist=change.other_allowlist)
     with console.progress("tenants enrol the hosts"):
         tenants = [tenant.name for tenant in plan.tenants if tenant.name not in refused]
         refusals = await asyncio.gather(*(_enrol(operators, tenant) for tenant in tenants))
@@ -145,7 +190,13 @@ async def _attest(
     with console.progress(f"starting and attesting {len(plan.guests)} guests"):
         done = await asyncio.gather(
             *(
-                _guest(operators, guest, hosts.get(guest.host) or refused.get(guest.tenant), anew=anew)
+                _guest(
+                    operators,
+                    guest,
+                    hosts.get(guest.host) or refused.get(guest.tenant),
+                    anew=anew,
+                    admit_anew=guest.tenant in change.other_order,
+                )
                 for guest in plan.guests
             )
         )
@@ -161,13 +212,13 @@ async def _enrol(operators: Onboarding, tenant: str) -> HarnessError | None:
 
 
 async def _guest(
-    operators: Onboarding, guest: GuestPlan, refused: HarnessError | None, *, anew: bool
+    operators: Onboarding, guest: GuestPlan, refused: HarnessError | None, *, anew: bool, admit_anew: bool
 ) -> tuple[GuestOutcome, bool]:
     if refused is not None:
         return GuestOutcome.not_enrolled(guest, refused), False
     try:
         image = await operators.start_guest(guest)
-        contact = await operators.registered(guest, image)
+        contact = await operators.registered(guest, image, admit_anew=admit_anew)
         await operators.admit(guest, contact)
         outcome = await operators.verdict(guest, contact, anew=anew and contact is None)
         return outcome, contact is not None and not isinstance(contact, EnrolmentError)

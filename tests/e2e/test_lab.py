@@ -21,6 +21,16 @@ from tests.support.running_lab import TOPOLOGY, RunningLab, running_lab
 
 pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
 
+OTHER_SETTINGS = """\
+hosts: {host1: {chip: swtpm}}
+tenants:
+  alice: {quote_interval_s: 1, payload: secret, guests: {alice-vm1: , alice-vm2: }}
+  bob:
+    quote_interval_s: 2
+    allow_reboots: false
+    allowlist: {sha256: [0, 1, 2, 3, 4, 5, 6, 7, 14]}
+    guests: {bob-vm1: }
+"""
 WITH_CAROL = """\
 hosts: {host1: {chip: swtpm}}
 tenants:
@@ -109,8 +119,8 @@ def test_a_restart_on_request(lab: RunningLab) -> None:
 def test_the_logs_are_shown_in_order(lab: RunningLab) -> None:
     """All processes together, oldest first; one alone; events as they are; an unknown one is refused."""
     events = [json.loads(line) for line in lab.run("lab", "logs", "--json", "-n", "1000").stdout.splitlines()]
-    times = [event["timestamp"] for event in events]
-    assert times == sorted(times)
+    order = [event["event"] for event in events if event.get("name", "host1-agent") == "host1-agent"]
+    assert order.index("service_started") < order.index("announced")  # from two logs
     assert {"ready", "service_started"} <= {event["event"] for event in events}
     alone = lab.run("lab", "logs", "host1-agent").stdout.splitlines()
     assert alone
@@ -133,6 +143,43 @@ def test_the_topology_is_followed_while_the_lab_runs(lab: RunningLab) -> None:
     assert set(again["removed"]) == {"guest carol-vm1", "tenant carol"}
     assert lab.pids().keys() == before.keys()
     assert kept == {guest for guest, row in lab.guests().items() if row["tenant"] == "bob"}
+
+
+def test_changed_settings_are_brought_into_force(lab: RunningLab) -> None:
+    """How guests are attested and what a tenant may see follow lab.yml; who is not concerned is not disturbed."""
+    before, alice = lab.pids(), lab.attestations()["alice-vm1"]["attestation_count"]
+    lab.write(OTHER_SETTINGS)
+    assert lab.up()["changed"]
+    views = lab.attestations()
+    assert (views["bob-vm1"]["allow_reboots"], views["bob-vm1"]["quote_interval_s"]) == (False, 2.0)
+    assert (views["alice-vm1"]["allow_reboots"], views["alice-vm1"]["attestation_count"] >= alice) == (True, True)
+    tenants = json.loads(lab.run("provider", "tenant", "list", "--json").stdout)
+    seen = {row["name"]: row for row in tenants}
+    assert "15" not in json.dumps(seen["bob"])
+    assert not lab.up()["changed"]
+    lab.write(TOPOLOGY)
+    assert lab.up()["changed"]
+    assert lab.attestations()["bob-vm1"]["allow_reboots"]
+    assert lab.pids() == before
+
+
+def test_a_guest_with_a_stated_uuid_comes_and_goes(lab: RunningLab) -> None:
+    """It has that UUID; with another one it is another guest; when it is gone its tenant can go too."""
+    first, second = "6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5b", "6f1d2c3b-4a59-4e6f-8a7b-0c1d2e3f4a5c"
+    for stated in (first, second):
+        lab.write(TOPOLOGY + f"  carol: {{quote_interval_s: 1, guests: {{carol-vm1: {{agent_id: {stated}}}}}}}\n")
+        lab.up()
+        assert lab.json("lab", "status")["tenants"][-1]["guests"] == [stated]
+    lab.write(TOPOLOGY)
+    assert set(lab.up()["removed"]) == {"guest carol-vm1", "tenant carol"}
+
+
+def test_what_a_guest_boots_is_not_changed_behind_its_back(lab: RunningLab) -> None:
+    """A vTPM is not thrown away for a word in a file: the sentence says what to do instead."""
+    lab.write(TOPOLOGY.replace("bob-vm1: ", "bob-vm1: {scenario: guest-tampered-kernel}"))
+    done = lab.run("lab", "up")
+    lab.write(TOPOLOGY)
+    assert (done.returncode, "made anew: remove it" in done.stderr) == (2, True), done.stderr
 
 
 def test_an_unusable_topology_changes_nothing(lab: RunningLab) -> None:

@@ -28,8 +28,8 @@ SEED = int(os.environ.get("HARNESS_SOAK_SEED") or random.SystemRandom().randrang
 pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(SECONDS + 600)]
 
 MARK = "HARNESS_SOAK_MARK"
-RECOVERED_S = 60.0
-"""After the last kill everybody is attested within this time: the longest pause of a supervisor, and a round."""
+RECOVERED_S = 120.0
+"""After the last kill everybody is attested within this time: longest pauses, a round, a busy machine."""
 PSS_GROWTH = 1.10
 
 
@@ -107,6 +107,7 @@ def consistent(folder: Path) -> list[str]:
 def test_a_lab_survives_random_kills(lab: tuple[RunningLab, Processes]) -> None:
     """Everybody is attested at the end, nobody was enrolled again, no process and no memory has leaked."""
     running, processes = lab
+    print(f"\nHARNESS_SOAK_SEED={SEED}", flush=True)
     chance = random.Random(SEED)
     running.until_attested(count=3)
     pinned, before, pss = running.pinned(), len(processes.all()), processes.pss()
@@ -120,6 +121,7 @@ def test_a_lab_survives_random_kills(lab: tuple[RunningLab, Processes]) -> None:
             with contextlib.suppress(ProcessLookupError):  # it has died meanwhile, of another one's death
                 os.kill(chance.choice(kinds[kind]), signal.SIGKILL)
                 killed[kind] += 1
+                print(f"{SECONDS - until + time.monotonic():6.1f} s: kill -9 of {kind}", flush=True)
         if chance.random() < 0.5:
             recoveries.append(running.until_attested(RECOVERED_S, count=3))
         else:
@@ -128,7 +130,7 @@ def test_a_lab_survives_random_kills(lab: tuple[RunningLab, Processes]) -> None:
     running.until("the number of processes of before", lambda: len(processes.all()) == before, RECOVERED_S)
     after = processes.pss()
     print(
-        f"\nseed {SEED}: {sum(killed.values())} kills in {SECONDS:g} s: {dict(sorted(killed.items()))}\n"
+        f"\n{sum(killed.values())} kills in {SECONDS:g} s: {dict(sorted(killed.items()))}\n"
         f"attested again after {statistics.median(recoveries):.1f} s (median), {max(recoveries):.1f} s (longest)\n"
         f"PSS {pss / 1e6:.0f} MB before, {after / 1e6:.0f} MB after; {before} processes"
     )

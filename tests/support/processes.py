@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-_END_S = 5.0
+_END_S = 40.0
 _POLL_S = 0.01
 
 
@@ -24,7 +24,7 @@ def processes_of(folder: Path) -> dict[int, str]:
 
 
 def left_by(folder: Path) -> dict[int, str]:
-    """As `processes_of`, after five seconds at most in which those that were killed may end."""
+    """As `processes_of`, after those that were killed or told to stop had time to end (a guest manager has 28 s)."""
     until = time.monotonic() + _END_S
     while (found := processes_of(folder)) and time.monotonic() < until:
         time.sleep(_POLL_S)  # the kernel tells only the parent, which is not always this process

@@ -69,6 +69,7 @@ def test_names_that_are_added_at_once_are_all_kept(tmp_path: Path) -> None:
         b'{"ports": {}, "guests": {"a": "no uuid"}, "hosts": {}}',
         b'{"ports": {}, "guests": {}, "hosts": {"a": 7}}',
         b'{"ports": {}, "guests": {}, "hosts": {}, "more": 1}',
+        b'{"ports": {}, "guests": {}, "hosts": {}, "applied": 1}',
         b"\xff",
     ],
 )
