@@ -67,6 +67,13 @@ def _failure(session: Session) -> dict[str, object]:
     progress, fault = session.progress, session.store_fault
     if fault is not None and (session.state in ACTIVE or progress.error is None):
         return {"layer": "verifier", "failed_check": None, "error": type(fault).__name__, "detail": fault.detail}
+    if (trouble := session.trouble) is not None:
+        return {
+            "layer": trouble.layer,
+            "failed_check": trouble.check,
+            "error": trouble.error,
+            "detail": trouble.detail,
+        }
     return {
         "layer": progress.layer,
         "failed_check": progress.failed_check,

@@ -406,9 +406,13 @@ async def test_an_unsafe_clock_is_retried_and_never_accepted(layer: str) -> None
         await wire.time.advance(30)
         assert session.state in (State.GET_QUOTE_RETRY, State.GET_PROVIDER_QUOTE_RETRY)
         assert session.progress.rounds == 0
+        assert session.trouble is not None
+        assert session.trouble.layer == ("guest" if layer == "guest" else "host")
+        assert session.trouble.error == "ClockNotSafe"
         peer(wire, layer).tpm.safe = True
         await wire.time.advance(15)
         assert session.progress.rounds >= 1
+        assert session.trouble is None
 
 
 @BOTH
