@@ -18,7 +18,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from harness.errors import DeadlineExceeded, HarnessError, IllegalTransition
+from harness.errors import DeadlineExceeded, HarnessError, IllegalTransition, StoreError
 from harness.protocol import QuoteRequest, guest_binding
 from harness.tenant.appraisal import (
     AppraisedEvidence,
@@ -132,6 +132,9 @@ class Rounds:
     async def ask_guest(self) -> Round | Finding | Unanswered:
         """Asks the guest agent and has its evidence appraised.
 
+        Raises:
+            StoreError: our own database does not take an accepted clock, or a contact that moved.
+
         *Cancellation:* the answer is dropped; nothing was stored, or an accepted clock was.
         """
         plan, ports = self._plan, self._ports
@@ -142,6 +145,8 @@ class Rounds:
             answer = await self._attempt(
                 ports.guest.quote(nonce, plan.guest_selection), started, min(self._attempt_s, self._round_s)
             )
+        except StoreError:  # our own, of a contact that moved: the guest is not to blame
+            raise
         except HarnessError as error:
             return Unanswered(error)
         trust = GuestTrust(

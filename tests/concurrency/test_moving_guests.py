@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.errors import NotFound, PeerUnreachable
+from harness.errors import NotFound, PeerUnreachable, StoreError
 from harness.store import Store
 from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.states import State
@@ -172,3 +172,30 @@ async def test_a_guest_that_moves_while_its_values_are_changed_is_still_followed
     async with verifier(database, peers) as agents:
         assert agents.view(AGENT)["ip"] == "10.0.0.7"
         assert agents.policy(AGENT)["guest_policy"] == both
+
+
+async def test_a_contact_that_cannot_be_stored_ends_nobodys_patience(
+    database: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest moved while the database fails, for longer than a peer may be away: our fault, and then attested."""
+    peers = FakePeers(Wire())
+
+    async def locked(*_: object) -> None:
+        raise StoreError("locked")
+
+    async with verifier(database, peers) as agents:
+        await agents.add(AGENT, body(peers.wire))
+        await until(agents, AGENT, attested=True)
+        peers.guests[ELSEWHERE] = FakeGuest(peers.wire.guest.tpm)
+        peers.known = replace(peers.known, ip="10.0.0.7", port=9010, mtls_cert="renewed")
+        await unreachable(peers, turns=1)
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.tenant.verifier_store.VerifierStore.moved", locked)
+            await advance_until(peers, lambda: peers.looks > 1)
+            await peers.wire.time.advance(700)
+            await settle()
+            view = agents.view(AGENT)
+            assert (view["state"], view["error"], view["layer"]) == ("GET_QUOTE_RETRY", "StoreError", "verifier")
+        await advance_until(peers, lambda: agents.view(AGENT)["attested"])
+        assert agents.view(AGENT)["ip"] == "10.0.0.7"
+    assert await AlarmStore(database).alarms() == []
