@@ -2,7 +2,7 @@
 
 Invariants:
     1. A guest agent registers the guest that its certificate names, and no other.
-    2. Refusals of a guest are kept for the operator until it registers; the same refusal again is no new alarm.
+    2. Refusals of a guest are kept for the operator until it registers; of a guest that is not stated none is kept.
 
 Owner: `registrar.Registrar`.
 
@@ -22,12 +22,12 @@ from harness.pki import Role
 from harness.registration import NOT_REGISTERED, parse_auth_tag, parse_registration, registration_view
 from harness.tenant.enrolment_alarms import EnrolmentAlarms
 from harness.tenant.guest_enrolment import GuestEnroller
+from harness.tenant.refusals import Refusals
 from harness.tenant.registrar_store import GuestKeys, RegistrarStore
 from harness.values import AgentId, parse_agent_id
 from harness.web import Route, peer_of, read_json
 
 AGENTS = r"/{version:v2\.[1-6]}/agents"
-_REFUSALS = 4096
 _READERS = frozenset({Role.TENANT_OPERATOR, Role.TENANT_VERIFIER})
 _GUEST_AGENT = frozenset({Role.GUEST_AGENT})
 
@@ -43,8 +43,7 @@ class GuestRegistration:
     def __init__(self, store: RegistrarStore, alarms: EnrolmentAlarms) -> None:
         self._store = store
         self._guests = GuestEnroller(store)
-        self._alarms = alarms
-        self._refused: dict[AgentId, dict[str, str]] = {}
+        self._refused = Refusals(alarms)
 
     @property
     def routes(self) -> list[Route]:
@@ -60,12 +59,12 @@ class GuestRegistration:
 
     def refusal(self, agent_id: AgentId) -> Mapping[str, str] | None:
         """Why a guest was last refused, unless it has registered since."""
-        return self._refused.get(agent_id)
+        return self._refused.of(agent_id)
 
     def forget(self, agent_id: AgentId) -> None:
         """Burns a guest's open challenge, and forgets why it was refused."""
         self._guests.forget(agent_id)
-        self._refused.pop(agent_id, None)
+        self._refused.forget(agent_id)
 
     async def _list(self, _request: web.Request) -> object:
         return {"uuids": [str(record.agent_id) for record in await self._store.guests() if record.keys is not None]}
@@ -98,6 +97,7 @@ class GuestRegistration:
 
     async def _register(self, request: web.Request) -> object:
         agent_id = _own_agent_id(request)
+        await self._store.guest(agent_id)
         try:
             asked = parse_registration(await read_json(request))
             keys = GuestKeys(
@@ -110,29 +110,22 @@ class GuestRegistration:
             )
             blob = await self._guests.register(agent_id, keys)
         except EnrolmentError as error:
-            await self._keep_refusal(agent_id, error)
+            await self._refused.note(agent_id, error)
             raise
         return {"blob": _base64(blob)}
 
     async def _activate(self, request: web.Request) -> object:
         agent_id = _own_agent_id(request)
         auth_tag = parse_auth_tag(await read_json(request))
+        await self._store.guest(agent_id)
         try:
             await self._guests.activate(agent_id, auth_tag)
         except EnrolmentError as error:
-            await self._keep_refusal(agent_id, error)
+            await self._refused.note(agent_id, error)
             raise
-        self._refused.pop(agent_id, None)
+        self._refused.forget(agent_id)
         events.emit("guest_registered", agent_id=str(agent_id))
         return {}
-
-    async def _keep_refusal(self, agent_id: AgentId, error: EnrolmentError) -> None:
-        refusal = {"error": type(error).__name__, "detail": error.detail}
-        if self._refused.get(agent_id) == refusal:
-            return  # an agent that tries again does not fill the operator's list
-        if len(self._refused) < _REFUSALS:
-            self._refused[agent_id] = refusal
-        await self._alarms.tell(error, agent_id=agent_id)
 
 
 def _own_agent_id(request: web.Request) -> AgentId:
