@@ -5,7 +5,7 @@ start with ``$``; the other lines are what the command prints, in its order, amo
 for anything. ``exit=N`` after the word is the exit code of the last command. ``tour`` says that the blocks of the page
 are run one after the other in one shell, which begins in the project's folder; a block of any language with
 ``file=NAME`` is written to that file first. A block marked ``sh`` holds commands that are not run but checked: targets,
-commands and options must exist.
+commands and options must exist. A block with ``settings=CLASS`` is a file that this class of `harness.config` loads.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ class Block:
     def target(self) -> str | None:
         """File that gets the block's text in a tour."""
         return next((option[5:] for option in self.options if option.startswith("file=")), None)
+
+    @property
+    def settings(self) -> str | None:
+        """Class that loads the block, for a block of settings."""
+        return next((option[9:] for option in self.options if option.startswith("settings=")), None)
 
     @property
     def commands(self) -> tuple[str, ...]:
