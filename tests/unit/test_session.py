@@ -124,7 +124,7 @@ async def test_retries_end_in_failed(layer: str) -> None:
     peer(wire, layer).script = [PeerUnreachable("no connection")] * 1000
     async with running(wire) as session:
         await wire.time.advance(590)
-        assert session.state is not State.FAILED
+        assert session.state.name != "FAILED"
         await wire.time.advance(30)
         assert session.state is State.FAILED
         assert (session.progress.layer, session.progress.error) == (
@@ -422,7 +422,7 @@ async def test_an_unsafe_clock_fails_after_its_limit(layer: str) -> None:
     peer(wire, layer).tpm.safe = False
     async with running(wire) as session:
         await wire.time.advance(119)
-        assert session.state is not State.FAILED
+        assert session.state.name != "FAILED"
         await wire.time.advance(60)
         assert (session.state, session.progress.error) == (State.FAILED, "ClockNotSafe")
         assert wire.guest.received == []
@@ -498,7 +498,7 @@ async def test_rounds_that_never_end_in_time_fail() -> None:
     wire.provider.gate.clear()
     async with running(wire) as session:
         await wire.time.advance(590)
-        assert session.state is not State.FAILED
+        assert session.state.name != "FAILED"
         await wire.time.advance(30)
         assert session.state is State.FAILED
 
