@@ -52,10 +52,13 @@ class FakeHook:
         self.got: list[int] = []
         self.tries = 0
         self.failure: Callable[[int], HarnessError | None] = lambda _: None
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def post(self, body: object) -> None:
         self.tries += 1
         assert isinstance(body, int)
+        await self.gate.wait()
         if (error := self.failure(body)) is not None:
             raise error
         self.got.append(body)
@@ -141,17 +144,76 @@ async def test_a_receiver_that_is_away_holds_up_no_other() -> None:
         assert len(case.store.marked) == 6
 
 
-async def test_an_alarm_that_a_receiver_refuses_holds_up_no_other() -> None:
-    """400 for one body: the others are delivered; the refused one is tried again, with growing waits."""
+async def test_an_alarm_that_a_receiver_refuses_holds_up_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """400 for one body: the others are delivered, and the refused one is given up after it was tried, once."""
     case = telling(3)
     case.hooks[0].failure = lambda body: PeerRefusedUs("bad", status=400) if body == 2 else None
     async with case.running():
         await case.time.advance(600)
         assert case.hooks[0].got == [1, 3]
-        assert list(case.store.marked) == [1, 3]
+        assert list(case.store.marked) == [1, 2, 3]
+        assert case.hooks[0].tries == 3
+    assert [line for line in capsys.readouterr().err.splitlines() if "alarm_refused" in line and '"id": 2' in line]
+
+
+@pytest.mark.parametrize("status", [302, 408, 425, 429])
+async def test_an_answer_that_says_nothing_against_the_alarm_is_no_refusal(status: int) -> None:
+    """Later, or elsewhere: the receiver is told again, with growing waits, until it takes the alarm."""
+    case = telling(2)
+    case.hooks[0].failure = lambda _: PeerRefusedUs("later", status=status)
+    async with case.running():
+        await case.time.advance(300)
+        assert (case.hooks[0].got, case.store.marked) == ([], {})
         case.hooks[0].failure = lambda _: None
         await case.time.advance(60)
-        assert case.hooks[0].got == [1, 3, 2]
+        assert case.hooks[0].got == [1, 2]
+
+
+@pytest.mark.parametrize("trouble", ["away", "hangs", "refuses"])
+async def test_a_healthy_receiver_is_told_at_once_whatever_the_other_one_does(trouble: str) -> None:
+    """The other one has failed for an hour, or holds our call: a new alarm is told without any time passing."""
+    case = telling(1, receivers=2)
+    other, well = case.hooks
+    if trouble == "hangs":
+        other.gate.clear()
+    else:
+        other.failure = lambda _: AWAY if trouble == "away" else PeerRefusedUs("no", status=403)
+    async with case.running():
+        await case.time.advance(3600)
+        assert well.got == [1]
+        case.store.rows.append(notice(2))
+        case.alarmed.set()
+        await settle()
+        assert well.got == [1, 2]
+        assert (2 in case.store.marked) == (trouble == "refuses")
+
+
+async def test_a_new_alarm_ends_the_wait_for_a_receiver_that_was_away() -> None:
+    """It is back within our longest wait: with the next alarm it is told all, at once and in order."""
+    case = telling(1)
+    case.hooks[0].failure = lambda _: AWAY
+    async with case.running():
+        await case.time.advance(3600)
+        case.hooks[0].failure = lambda _: None
+        case.store.rows.append(notice(2))
+        case.alarmed.set()
+        await settle()
+        assert case.hooks[0].got == [1, 2]
+
+
+async def test_what_could_not_be_marked_is_marked_later_and_not_told_again() -> None:
+    """The database fails between the delivery and the mark: within one run that is no second delivery."""
+    case = telling(1, receivers=2)
+
+    def full_afterwards(_: int) -> None:
+        case.store.fault = StoreError("disk full")
+
+    case.hooks[0].failure = full_afterwards
+    async with case.running():
+        case.store.fault, case.hooks[0].failure = None, lambda _: None
+        await case.time.advance(60)
+        assert [hook.got for hook in case.hooks] == [[1], [1]]
+        assert list(case.store.marked) == [1]
 
 
 async def test_what_was_told_and_not_marked_is_told_again_after_a_restart() -> None:
