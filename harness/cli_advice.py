@@ -36,8 +36,8 @@ _STEPS = {
     ),
     "HostRebooted": _REBOOT,
     "ClockWentBack": (
-        "find out who put an old state of the TPM back, or runs it twice; then reboot what it belongs to "
-        "(`harness provider guest stop`, `start`), and: `harness tenant guest resume {guest} --reason TEXT`"
+        "find out who put an old state of the TPM back, or runs it twice; a guest that was restored on purpose gets a "
+        "new vTPM (docs/operations.md), and: `harness tenant guest re-enrol {guest} --reason TEXT`"
     ),
     "ClockNotSafe": (
         "a power loss left the TPM's clock unsafe for longer than allowed; once it is safe again: "

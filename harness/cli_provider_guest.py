@@ -57,7 +57,8 @@ def guest_define(
 ) -> None:
     """Define a guest with a vTPM on a host, with an image of its tenant; `start` manufactures the vTPM.
 
-    Prints the guest's UUID. A name that another guest has is refused.
+    From its first start on it is kept running, as the guests of lab.yml are, until `stop`. Prints the guest's UUID. A
+    name that another guest has is refused.
     """
     import uuid
 
@@ -80,7 +81,8 @@ def guest_define(
                 raise ConfigError(f"{name} is the name of guest {other['agent_id']} already; choose another one")
         await operator.define_guest(chosen, tenant, host_id, name)
         image = write_image(site, plan, host_name)
-        await _order(at, "define", uuid=str(chosen), name=name, scenario=boots, agent_config=str(image))
+        members = {"uuid": str(chosen), "name": name, "scenario": boots, "agent_config": str(image)}
+        await _order(at, "define", **members, autostart=True)
 
     cli_site.as_provider(site, define)
     if as_json:
@@ -238,7 +240,7 @@ def _on_manager(site: SiteSettings, guest: str, order: str) -> None:
     cli_site.as_provider(site, run)
 
 
-async def _order(host: HostSite, order: str, **members: str) -> None:
+async def _order(host: HostSite, order: str, **members: object) -> None:
     from harness.unix_client import ask
 
     await ask(host.guest_manager, {"op": order, **members}, deadline_s=_MANAGER_S)

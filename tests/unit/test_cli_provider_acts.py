@@ -228,7 +228,7 @@ def test_a_guest_is_defined_with_its_image(
     assert provider(lab, *words) == 0
     assert operator.acts("define_guest") == [("define_guest", OTHER_AGENT_ID, "alice", HOST_ID, "web2")]
     ((socket, order),) = sockets.asked
-    assert (socket, order["op"], order["scenario"]) == ("g", "define", "guest-good")
+    assert (socket, order["op"], order["scenario"], order["autostart"]) == ("g", "define", "guest-good", True)
     assert json.loads(capsys.readouterr().out)["agent_id"] == OTHER_AGENT_ID
 
 
