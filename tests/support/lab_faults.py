@@ -131,8 +131,11 @@ def enrolled(lab: RunningLab) -> dict[str, Any]:
 
 def alarms(lab: RunningLab) -> list[tuple[str, str]]:
     """Alarms that wait for an operator: their kind and what they are about."""
-    tenants = load(lab.state / "site.yml", SiteSettings).tenants
-    found = [alarm for tenant in tenants for alarm in lab.json("tenant", "alarms", "list", "--tenant", tenant)]
+    found = []
+    for tenant in load(lab.state / "site.yml", SiteSettings).tenants:
+        done = lab.run("tenant", "alarms", "list", "--tenant", tenant, "--json")
+        assert done.returncode in {0, 1}, done.stderr  # 1: there are some
+        found += json.loads(done.stdout)
     return [(alarm["kind"], alarm["detail"]) for alarm in found]
 
 
