@@ -3,6 +3,8 @@
 Invariants:
     1. No password is on a command line: the programs get the URL's parts through their environment.
     2. A restore is one transaction: tables away, dump in; or nothing.
+    3. From the question whether somebody has the database open to the end of the restore nobody of ours opens it: the
+       "in use" lock of `store_engine` is held alone.
 
 Spec: PostgreSQL, "pg_dump", "pg_restore", "Environment Variables" of libpq.
 """
@@ -20,15 +22,16 @@ from pathlib import Path
 from sqlalchemy import inspect, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from harness.errors import StoreError
-from harness.store_engine import engine_of, lock_number
+from harness.store_engine import IN_USE, engine_of, lock_number
 from harness.store_errors import name_of, store_error
 from harness.store_schema import schemas_in
 
 _TALK_S = 20.0
 _PROGRAM_S = 3600.0
+_ALONE = text(f"SELECT pg_try_advisory_lock({lock_number(IN_USE)})")
 _OTHERS = text(
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND backend_type = 'client backend'"
@@ -47,7 +50,7 @@ class PostgresCopies:
 
     async def schemas(self) -> dict[str, int]:
         """See `Copies`."""
-        async with self._connected() as connection:
+        async with self._engine() as engine, self._talk(), engine.connect() as connection:
             return await connection.run_sync(schemas_in)
 
     async def copy_to(self, half: Path) -> dict[str, int]:
@@ -70,11 +73,22 @@ class PostgresCopies:
 
     async def replace_with(self, backup: Path, aside: str) -> Path | None:
         """See `Copies`."""
-        async with self._connected() as connection:
-            if await connection.scalar(_OTHERS):
-                raise StoreError(f"{name_of(self._url)}: a service has it open; stop the services that use it")
-            names = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
-            components = list(await connection.run_sync(schemas_in))
+        async with self._engine() as engine, contextlib.AsyncExitStack() as held:
+            async with self._talk():
+                connection = await held.enter_async_context(engine.connect())
+                names, components = await self._alone(connection)
+            return await self._replace(backup, aside, names, components)
+
+    async def _alone(self, connection: AsyncConnection) -> tuple[list[str], list[str]]:
+        """Takes the database for this connection alone, until that ends; its tables and components."""
+        if not await connection.scalar(_ALONE) or await connection.scalar(_OTHERS):
+            raise StoreError(f"{name_of(self._url)}: a service has it open; stop the services that use it")
+        names = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        components = list(await connection.run_sync(schemas_in))
+        await connection.rollback()  # what was read here must not be in the way of the restore
+        return names, components
+
+    async def _replace(self, backup: Path, aside: str, names: list[str], components: list[str]) -> Path | None:
         kept = backup.with_name(f"{backup.name}.{aside}") if names else None
         if kept is not None:
             with _private(kept):
@@ -88,15 +102,20 @@ class PostgresCopies:
         return kept
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+    async def _engine(self) -> AsyncIterator[AsyncEngine]:
         _, engine = engine_of(self._url.render_as_string(hide_password=False), "backup")
         try:
-            async with asyncio.timeout(_TALK_S), engine.connect() as connection:
-                yield connection
-        except (SQLAlchemyError, OSError) as error:
-            raise store_error(self._url, error) from error
+            yield engine
         finally:
             await engine.dispose()
+
+    @contextlib.asynccontextmanager
+    async def _talk(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(_TALK_S):
+                yield
+        except (SQLAlchemyError, OSError) as error:
+            raise store_error(self._url, error) from error
 
     async def _run(self, program: str, *words: str, what: str | None = None) -> str:
         found = shutil.which(program)

@@ -13,8 +13,11 @@ Invariants:
        more. On PostgreSQL it is the server's ``synchronous_commit``, which is on unless somebody turns it off.
     4. No value that a statement was given is in an error text.
 
-Spec: SQLite, "PRAGMA synchronous"; SQLAlchemy 2 (asyncio; "Serializable isolation" of the pysqlite dialect; "Disconnect handling - pessimistic");
-PostgreSQL 13.3.5 (advisory locks).
+    5. Whoever is connected to a PostgreSQL database holds its "in use" lock, shared, until the connection ends; nobody
+       connects while a restore holds it alone.
+
+Spec: SQLite, "PRAGMA synchronous"; SQLAlchemy 2 (asyncio; "Serializable isolation" of the pysqlite dialect; "Disconnect
+handling - pessimistic"); PostgreSQL 13.3.5 (advisory locks).
 """
 
 from __future__ import annotations
@@ -23,15 +26,17 @@ import hashlib
 from typing import Any
 
 from sqlalchemy import Connection, event
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from harness.errors import StoreError
-from harness.store_errors import reason_of
+from harness.store_errors import name_of, reason_of
 
 _BUSY_MS = 5000
 _IDLE_IN_TRANSACTION_MS = 60_000
+IN_USE = "in use"
+"""Name of the lock that a restore takes alone; no component is called that."""
 APPLICATION = "harness"
 """Our connections' name at a PostgreSQL server."""
 
@@ -58,6 +63,7 @@ def engine_of(url: str, component: str) -> tuple[URL, AsyncEngine]:
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
     elif parsed.get_backend_name() == "postgresql":
         event.listen(engine.sync_engine, "begin", _Turn(component))
+        event.listen(engine.sync_engine, "connect", _InUse(parsed, engine.dialect))
     return parsed, engine
 
 
@@ -83,6 +89,31 @@ class _Turn:
 
     def __call__(self, connection: Connection) -> None:
         connection.exec_driver_sql(self._statement)
+
+
+class _InUse:
+    """A lock of the session, not of a transaction: it is held as long as the connection."""
+
+    def __init__(self, url: URL, dialect: Dialect) -> None:
+        self._url = url
+        self._dialect = dialect
+        self._statement = f"SELECT pg_try_advisory_lock_shared({lock_number(IN_USE)})"
+
+    def __call__(self, connection: Any, _record: Any) -> None:
+        try:
+            self._hold(connection)
+        except BaseException:
+            self._dialect.do_terminate(connection)  # the pool does not have it yet
+            raise
+
+    def _hold(self, connection: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(self._statement)
+        [held] = cursor.fetchone()
+        cursor.close()
+        connection.rollback()  # the transaction in which the driver asked; the lock stays
+        if not held:
+            raise StoreError(f"{name_of(self._url)}: it is being restored; try again when that is done")
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

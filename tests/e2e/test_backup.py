@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from harness.errors import StoreError
 from harness.store import Store
 from harness.store_backup import back_up, restore, schemas_in_use
-from harness.store_backup_postgres import environment_of
+from harness.store_backup_postgres import PostgresCopies, environment_of
 from harness.store_file import Lease
 from harness.tenant.tables import AlarmRow
 from tests.support.databases import sqlite_url
@@ -199,6 +199,47 @@ async def test_a_service_does_not_start_under_a_restore(tmp_path: Path) -> None:
         await TENANT.open(url)
     lease.release()
     await (await TENANT.open(url)).close()
+
+
+@pytest.mark.needs_postgres
+async def test_a_service_does_not_start_under_a_restore_on_the_server(
+    postgres: PostgresServer, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the question whether it is in use to the end of the restore; afterwards it starts, on what was restored."""
+    url = postgres.new_database()
+    store = await TENANT.open(url)
+    await write(store, "first")
+    await store.close()
+    await back_up(url, backup)
+    run, tried = PostgresCopies._run, []
+
+    async def run_and_start(self: PostgresCopies, program: str, *words: str, what: str | None = None) -> str:
+        if program in {"pg_dump", "psql"}:  # the second after the first is when the tables are taken away
+            with pytest.raises(StoreError, match="it is being restored; try again"):
+                await TENANT.open(url)
+            tried.append(program)
+        return await run(self, program, *words, what=what)
+
+    monkeypatch.setattr(PostgresCopies, "_run", run_and_start)
+    await restore(url, backup, PROGRAMS)
+    assert tried == ["pg_dump", "psql"]
+    assert await found_in(url) == ["first"]
+
+
+@pytest.mark.needs_postgres
+async def test_a_service_that_connects_anew_does_not_get_into_a_restore(postgres: PostgresServer, backup: Path) -> None:
+    """The lock is of each connection: one made while a restore holds the database is an error, a later one is not."""
+    url = postgres.new_database()
+    store = await TENANT.open(url)
+    await store._engine.dispose()  # a service that has lost its connections, as after a restart of the server
+    holder = PostgresCopies(make_url(url))
+    async with holder._engine() as engine, engine.connect() as connection:
+        await holder._alone(connection)
+        with pytest.raises(StoreError, match="it is being restored; try again"):
+            await write(store, "first")
+    await write(store, "second")
+    assert await details(store) == ["second"]
+    await store.close()
 
 
 async def test_a_newer_backup_is_refused(filled: str, backup: Path) -> None:
