@@ -76,7 +76,7 @@ class AddAgent(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What the registrar had pinned when the agent was added; later changes there do not reach the session.
+    """What the registrar had pinned when the agent was added; of later changes only the guest's contact is followed.
 
     Args:
         host_id: the host that the guest is enrolled under.

@@ -1,7 +1,8 @@
 """Calls of the tenant verifier's operator: Keylime's about agents, and the ways back.
 
 Invariants:
-    1. Whoever overrules a finding is named, with a reason: "(not stated)" where Keylime's call has no place for one.
+    1. Whoever adds, changes or removes an agent is named, with a reason: "(not stated)" where Keylime's call has no
+       place for one.
 
 Spec: docs/protocol.md (tenant verifier); Keylime verifier API.
 """
@@ -14,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from harness.audit import parse_reason
+from harness.audit_routes import query_reason
 from harness.errors import MalformedMessage
 from harness.pki import Role
 from harness.tenant.agents import Act, Agents
@@ -29,7 +31,9 @@ def agent_routes(agents: Agents) -> list[Route]:
     """Routes of the operator."""
 
     async def add(request: web.Request) -> object:
-        await agents.add(_agent_id(request), await read_json(request))
+        body = await read_json(request)
+        reason = body.pop("reason", None) if isinstance(body, dict) else None
+        await agents.add(_agent_id(request), body, _act(request, reason, required=False))
         return {}
 
     async def show_all(_request: web.Request) -> object:
@@ -59,7 +63,7 @@ def agent_routes(agents: Agents) -> list[Route]:
         return agents.policy(_agent_id(request))
 
     async def delete(request: web.Request) -> object:
-        await agents.delete(_agent_id(request), _act(request, request.query.get("reason"), required=False))
+        await agents.delete(_agent_id(request), Act(who=peer_of(request).who, reason=query_reason(request)))
         return {}
 
     return [

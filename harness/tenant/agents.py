@@ -127,8 +127,13 @@ class Agents:
             except (HarnessError, ValueError) as error:  # one bad row must not keep the others from being attested
                 events.emit("agent_not_loaded", level="error", agent_id=str(stored.agent_id), detail=str(error))
 
-    async def add(self, agent_id: AgentId, body: object) -> None:
+    async def add(self, agent_id: AgentId, body: object, act: Act) -> None:
         """Adds an agent and starts its session.
+
+        Args:
+            agent_id: the agent.
+            body: of the request, without the reason.
+            act: whose will it is.
 
         Raises:
             MalformedMessage: a member of the body, or a policy wider than its mask.
@@ -143,11 +148,11 @@ class Agents:
             raise Conflict(f"agent {agent_id} exists; delete it first")
         self._claim(agent_id)
         try:
-            await self._add(agent_id, request)
+            await self._add(agent_id, request, self._entry("agent-add", agent_id, act))
         finally:
             self._changing.discard(agent_id)
 
-    async def _add(self, agent_id: AgentId, request: ParsedRequest) -> None:
+    async def _add(self, agent_id: AgentId, request: ParsedRequest, entry: AuditEntry) -> None:
         snapshot = await self._peers.snapshot(agent_id)
         self._plan(agent_id, request.agent, snapshot, v=request.v)
         added = transition(State.REGISTERED, Event.ADD)
@@ -160,7 +165,7 @@ class Agents:
         )
         host_ak = parse_public(snapshot.host_ak).name
         await self._store.enrolled(host_ak, snapshot.host_baseline, snapshot.host_enrolled_at)
-        await self._store.add(stored)
+        await self._store.add(stored, entry)
         self._start(stored, request.agent, snapshot)
 
     async def resume(self, agent_id: AgentId, act: Act, *, accept_reboot: bool = False) -> None:

@@ -143,12 +143,14 @@ class Registrar:
     # --- guests -------------------------------------------------------------------------------------------
 
     async def _state_guest(self, request: web.Request) -> object:
-        body = await read_object(request, members={"agent_id", "host_id"})
+        body = await read_object(request, members={"agent_id", "host_id", "reason"})
         agent_id, host_id = body.get("agent_id"), body.get("host_id")
         if not isinstance(agent_id, str) or not isinstance(host_id, str):
             raise MalformedMessage("agent_id and host_id must be text")
-        record = await self._store.state_guest(parse_agent_id(agent_id), parse_host_id(host_id), self._now())
-        return self._guest(record)
+        guest, host = parse_agent_id(agent_id), parse_host_id(host_id)
+        reason = parse_reason(body.get("reason"), required=False)
+        entry = act(request, "guest-state", guest, reason=reason, at=self._now())
+        return self._guest(await self._store.state_guest(guest, host, entry))
 
     async def _list_guests(self, _request: web.Request) -> object:
         return {"guests": [self._guest(record) for record in await self._store.guests()]}

@@ -168,8 +168,8 @@ class RegistrarStore:
 
     # --- guests -------------------------------------------------------------------------------------------
 
-    async def state_guest(self, agent_id: AgentId, host_id: HostId, now: float) -> GuestRecord:
-        """Records the operator's word: this guest belongs on this host. Repeating it changes nothing.
+    async def state_guest(self, agent_id: AgentId, host_id: HostId, act: AuditEntry) -> GuestRecord:
+        """Records the operator's word: this guest belongs on this host. Repeating it changes nothing, and is no act.
 
         Raises:
             NotFound: the host is not enrolled.
@@ -179,8 +179,11 @@ class RegistrarStore:
             await _host_row(session, host_id)
             row = await session.get(Guest, str(agent_id))
             if row is None:
-                row = Guest(agent_id=str(agent_id), host_id=str(host_id), stated_at=now, active=False, registrations=0)
+                row = Guest(
+                    agent_id=str(agent_id), host_id=str(host_id), stated_at=act.at, active=False, registrations=0
+                )
                 session.add(row)
+                audit_store.record(session, AuditRow, act)
             elif row.host_id != str(host_id):
                 raise Conflict(
                     f"guest {agent_id} is stated on host {row.host_id}: to move it, re-enrol it "

@@ -81,8 +81,8 @@ class VerifierStore:
             rows = list(await session.scalars(select(Agent).order_by(Agent.agent_id)))
         return [agent for row in rows if (agent := _stored(row)) is not None]
 
-    async def add(self, agent: StoredAgent) -> None:
-        """Stores a new agent.
+    async def add(self, agent: StoredAgent, entry: AuditEntry) -> None:
+        """Stores a new agent, and the act.
 
         Raises:
             Conflict: it exists.
@@ -100,6 +100,7 @@ class VerifierStore:
                     progress=encode_progress(agent.progress),
                 )
             )
+            audit_store.record(session, AuditRow, entry)
 
     async def remove(self, agent_id: AgentId, entry: AuditEntry, alarm: Alarm | None = None) -> None:
         """Forgets an agent; baselines stay, they belong to keys, and so does an alarm that was not stored yet."""

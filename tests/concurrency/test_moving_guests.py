@@ -56,7 +56,7 @@ async def test_a_guest_that_moved_is_found_by_its_keys(database: Store, ip: str,
     """One failed attempt, one look: the new contact is used, stored, and what was left is closed."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.guests[f"https://{ip}:{port}", mtls_cert] = moved = FakeGuest(peers.wire.guest.tpm)
         peers.known = replace(peers.known, ip=ip, port=port, mtls_cert=mtls_cert)
@@ -76,7 +76,7 @@ async def test_a_guest_of_other_keys_is_not_followed(database: Store, key: str) 
     """The registrar has another key for it: FAILED with KeyChanged, one alarm; nobody at the new address is asked."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.guests[ELSEWHERE] = impostor = FakeGuest(SoftTpm())
         keys = {"guest_ak": impostor.tpm.ak.marshal(), "guest_ek": SoftVtpm().ek.marshal()}
@@ -98,7 +98,7 @@ async def test_a_registrar_that_is_away_or_knows_nobody_stops_nothing(database: 
     """Retries go on at the old address; the guest that comes back there is attested again."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         for trouble in (PeerUnreachable("registrar"), NotFound("not registered")):
             peers.looking_fails = trouble
@@ -114,7 +114,7 @@ async def test_a_registrar_that_hangs_delays_one_attempt_and_no_more(database: S
     """Looking has a deadline of its own, within the attempt's."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.gate.clear()
         await unreachable(peers, turns=1)
@@ -127,7 +127,7 @@ async def test_nobody_is_looked_for_while_the_guest_answers(database: Store) -> 
     """The registrar is not part of a round that works."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.known = replace(peers.known, ip="10.0.0.7")
         for _ in range(5):
@@ -142,7 +142,7 @@ async def test_an_address_that_the_operator_gave_stays_while_the_registered_one_
     peers.guests["https://guest.example:9002", "pem"] = peers.wire.guest
     peers.guests["https://guest.example:9002", "renewed"] = peers.wire.guest
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire, cloudagent_ip="guest.example"))
+        await agents.add(AGENT, body(peers.wire, cloudagent_ip="guest.example"), ACT)
         await until(agents, AGENT, attested=True)
         await unreachable(peers, turns=2)
         await advance_until(peers, lambda: peers.looks == 2)
@@ -159,7 +159,7 @@ async def test_a_guest_that_moves_while_its_values_are_changed_is_still_followed
     peers = FakePeers(Wire())
     asked = body(peers.wire)
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, asked)
+        await agents.add(AGENT, asked, ACT)
         await until(agents, AGENT, attested=True)
         peers.guests[ELSEWHERE] = moved = FakeGuest(peers.wire.guest.tpm)
         peers.known = replace(peers.known, ip="10.0.0.7", port=9010, mtls_cert="renewed")
@@ -184,7 +184,7 @@ async def test_a_contact_that_cannot_be_stored_ends_nobodys_patience(
         raise StoreError("locked")
 
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.guests[ELSEWHERE] = FakeGuest(peers.wire.guest.tpm)
         peers.known = replace(peers.known, ip="10.0.0.7", port=9010, mtls_cert="renewed")

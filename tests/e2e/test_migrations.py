@@ -77,7 +77,8 @@ async def test_the_tenants_registrar_works_on_a_database_of_schema_1(tmp_path: P
     guest = await registrar.guest(GUEST)
     assert guest.keys is not None
     assert guest.keys.port == 39049
-    other = await registrar.state_guest(parse_agent_id(str(uuid.UUID(int=7 << 64))), HOST_ID, NOW)
+    act = AuditEntry(at=NOW, who="op", action="guest-state", subject="g", reason="r")
+    other = await registrar.state_guest(parse_agent_id(str(uuid.UUID(int=7 << 64))), HOST_ID, act)
     assert [one.agent_id for one in await registrar.guests()] == sorted([GUEST, other.agent_id])
     await store.close()
     assert rows(tmp_path / "t.db", "SELECT at, kind, acknowledged_at FROM alarms") == [

@@ -171,7 +171,8 @@ async def test_a_database_that_fails_is_503_until_it_is_back(site: RegistrarSite
         assert await site.guest_state() == "active"
         await site.operator.put(f"/v1/hosts/{host_id}/re-enrol", {"reason": "after the fault"})
         await in_time(site.registration())
-        assert [entry["action"] for entry in (await site.get("/v1/audit"))["entries"]] == ["host-add", "host-re-enrol"]
+        entries = (await site.get("/v1/audit"))["entries"]
+        assert [entry["action"] for entry in entries] == ["host-add", "guest-state", "host-re-enrol"]
 
 
 @pytest.mark.parametrize("fault", [locked, full, read_only])

@@ -152,6 +152,7 @@ async def test_removals_take_a_reason_in_the_query(site: TenantSite) -> None:
         await registrar.delete(f"/v1/hosts/{host_id}")
         assert await actions(registrar) == [
             ("host-add", str(host_id), "(not stated)"),
+            ("guest-state", str(AGENT), "(not stated)"),
             ("guest-remove", str(AGENT), "moved away"),
             ("host-remove", str(host_id), "(not stated)"),
         ]

@@ -27,19 +27,19 @@ async def test_an_added_agent_is_attested(database: Store) -> None:
     """POST, snapshot, plan, session: the view says so, in Keylime's members and ours."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         view = await until(agents, AGENT, attested=True)
         assert (view["operational_state"], view["state"], view["attestation_count"]) == (3, "GET_QUOTE", 1)
         assert agents.ids() == [AGENT]
         with pytest.raises(Conflict):
-            await agents.add(AGENT, body(peers.wire))
+            await agents.add(AGENT, body(peers.wire), ACT)
 
 
 async def test_an_agent_that_is_not_registered_is_not_added(database: Store) -> None:
     """The registrar's answer is the caller's answer; nothing is stored."""
     async with verifier(database, FakePeers(Wire())) as agents:
         with pytest.raises(NotFound):
-            await agents.add(OTHER, body(Wire()))
+            await agents.add(OTHER, body(Wire()), ACT)
         assert agents.ids() == []
 
 
@@ -48,9 +48,9 @@ async def test_a_policy_wider_than_its_mask_is_refused_when_added(database: Stor
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
         with pytest.raises(MalformedMessage, match="guest_policy"):
-            await agents.add(AGENT, body(peers.wire, guest_mask="0x2"))
+            await agents.add(AGENT, body(peers.wire, guest_mask="0x2"), ACT)
         assert agents.ids() == []
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
 
 
 async def test_two_adds_that_meet_make_one_session(database: Store) -> None:
@@ -58,10 +58,10 @@ async def test_two_adds_that_meet_make_one_session(database: Store) -> None:
     peers = FakePeers(Wire())
     peers.gate.clear()
     async with verifier(database, peers) as agents:
-        first = asyncio.create_task(agents.add(AGENT, body(peers.wire)))
+        first = asyncio.create_task(agents.add(AGENT, body(peers.wire), ACT))
         await settle()
         with pytest.raises(Conflict):
-            await agents.add(AGENT, body(peers.wire))
+            await agents.add(AGENT, body(peers.wire), ACT)
         peers.gate.set()
         await first
         assert agents.ids() == [AGENT]
@@ -71,7 +71,7 @@ async def test_a_deleted_agent_is_gone_for_good(database: Store) -> None:
     """Its task has ended, its connections are closed, and a restart does not bring it back; it can be added anew."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         await agents.delete(AGENT, ACT)
         assert peers.released == [peers.wire.guest]
@@ -84,14 +84,14 @@ async def test_a_deleted_agent_is_gone_for_good(database: Store) -> None:
             await agents.delete(AGENT, ACT)
     async with verifier(database, peers) as agents:
         assert agents.ids() == []
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
 
 
 async def test_a_restarted_verifier_goes_on(database: Store) -> None:
     """Rounds are counted on; the same keys and policies are believed, without asking the registrar."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
     peers.gate.clear()
     async with verifier(database, peers) as agents:
@@ -106,7 +106,7 @@ async def test_a_failure_survives_a_restart_and_is_left_by_resume_only(database:
     asked = body(peers.wire)
     async with verifier(database, peers) as agents:
         peers.wire.guest.tpm.pcrs[0] = bytes(32)
-        await agents.add(AGENT, asked)
+        await agents.add(AGENT, asked, ACT)
         await until(agents, AGENT, state="INVALID_QUOTE", failed_check=9, layer="guest")
     peers.wire.guest.tpm.pcrs[0] = honest
     async with verifier(database, peers) as agents:
@@ -122,7 +122,7 @@ async def test_a_row_that_cannot_be_read_keeps_no_other_agent_from_being_atteste
     """One bad row is logged and left out."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
     async with database.begin() as session:
         await session.execute(
             text("INSERT INTO agents SELECT :id, '{}', snapshot, v, state, progress, seen FROM agents"),
@@ -137,6 +137,6 @@ async def test_one_agents_refusal_is_its_own(database: Store) -> None:
     peers = FakePeers(Wire())
     peers.wire.guest.script = [NotYourGuest("no")]
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         view = await until(agents, AGENT, operational_state=State.FAILED.value)
         assert (view["error"], view["detail"], view["layer"]) == ("NotYourGuest", "no", "guest")

@@ -25,7 +25,9 @@ async def database(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def audited(database: Store) -> list[tuple[str, str, str, str]]:
-    entries = await AlarmStore(database).audit()
+    """The trail after the entry of the one that added the agent."""
+    added, *entries = await AlarmStore(database).audit()
+    assert (added.action, added.subject) == ("agent-add", str(AGENT))
     return [(entry.action, entry.subject, entry.who, entry.reason) for entry in entries]
 
 
@@ -33,12 +35,28 @@ def entry(action: str) -> tuple[str, str, str, str]:
     return (action, str(AGENT), ACT.who, ACT.reason)
 
 
+async def test_an_agent_that_is_added_is_audited_in_the_same_transaction(
+    database: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who, what and why; an add that cannot be recorded does not happen."""
+    peers = FakePeers(Wire())
+    async with verifier(database, peers) as agents:
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.audit_store.record", failing)
+            with pytest.raises(StoreError):
+                await agents.add(AGENT, body(peers.wire), ACT)
+        assert agents.ids() == []
+        await agents.add(AGENT, body(peers.wire), ACT)
+    entries = await AlarmStore(database).audit()
+    assert [(each.action, each.subject, each.who, each.reason) for each in entries] == [entry("agent-add")]
+
+
 async def test_a_resume_is_audited_before_it_is_in_force(database: Store) -> None:
     """Who, what and why; the session starts anew, and survives a kill right after as one that goes on."""
     peers = FakePeers(Wire())
     peers.wire.guest.script = [NotYourGuest("no")]
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, state="FAILED")
         await agents.resume(AGENT, ACT)
         await until(agents, AGENT, attested=True)
@@ -54,7 +72,7 @@ async def test_a_resume_that_cannot_be_recorded_does_not_happen(
     peers = FakePeers(Wire())
     peers.wire.guest.script = [NotYourGuest("no")]
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, state="FAILED")
         with monkeypatch.context() as patch:
             patch.setattr("harness.audit_store.record", failing)
@@ -75,7 +93,7 @@ async def test_a_refused_reboot_is_accepted_by_the_operator(database: Store) -> 
     peers = FakePeers(Wire())
     time = peers.wire.time
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.tpm.reboot()
         await time.advance(2.0)
@@ -91,7 +109,7 @@ async def test_a_refused_reboot_is_still_known_after_a_restart(database: Store) 
     """The operator accepts it the next day, in another process."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.tpm.reboot()
         await peers.wire.time.advance(2.0)
@@ -106,7 +124,7 @@ async def test_without_a_refused_reboot_there_is_none_to_accept(database: Store)
     peers = FakePeers(Wire())
     peers.wire.guest.script = [NotYourGuest("no")]
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, state="FAILED")
         with pytest.raises(Conflict, match="reboot"):
             await agents.resume(AGENT, ACT, accept_reboot=True)
@@ -129,7 +147,7 @@ async def test_new_values_are_captured_set_and_believed_after_resume(database: S
     """An updated kernel stops the session; what was seen becomes the policy; stopped it stays until it is resumed."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.tpm.pcrs[0] = bytes(range(32))
         await peers.wire.time.advance(2.0)
@@ -153,7 +171,7 @@ async def test_a_running_session_is_judged_by_the_new_values_at_once(database: S
     """The last success was one under the earlier values: it does not count, and the next round fails check 9."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         await agents.set_policy(AGENT, policy(bytes(32)), ACT)
         view = agents.view(AGENT)
@@ -165,7 +183,7 @@ async def test_a_round_under_the_earlier_values_does_not_count(database: Store) 
     """The guest's answer is on its way when the values change: it is not appraised, by neither values."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.gate.clear()
         await peers.wire.time.advance(2.0)
@@ -181,7 +199,7 @@ async def test_new_values_survive_a_restart(database: Store) -> None:
     """They are stored before they are in force; nobody is attested by a success under the earlier ones."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.gate.clear()
         await agents.set_policy(AGENT, policy(bytes(32)), ACT)
@@ -208,7 +226,7 @@ async def test_values_that_cannot_be_judged_by_are_refused_as_at_the_add(
     """Wider than the mask, empty, or no digests: refused; the session goes on under the earlier ones, unaudited."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         before = await until(agents, AGENT, attested=True)
         earlier = agents.policy(AGENT)["guest_policy"]
         with pytest.raises(MalformedMessage):
@@ -225,7 +243,7 @@ async def test_an_act_that_cannot_be_stored_leaves_the_session_as_it_was(
     """The database fails: the operator is told, and rounds go on under the earlier values."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         with monkeypatch.context() as patch:
             patch.setattr("harness.audit_store.record", failing)
@@ -249,7 +267,7 @@ async def test_acts_that_meet_do_not_mix(database: Store) -> None:
     """While one is being stored, another on the same agent is a conflict; a caller who leaves stops nothing half."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         first = asyncio.create_task(agents.set_policy(AGENT, policy(bytes(32)), ACT))
         await asyncio.sleep(0)
@@ -274,7 +292,7 @@ async def test_an_act_loses_no_alarm_that_waits_for_the_database(
     """A finding cannot be stored, and an act ends its session: its alarm is raised once, whatever comes of the act."""
     peers = FakePeers(Wire())
     async with verifier(database, peers) as agents:
-        await agents.add(AGENT, body(peers.wire))
+        await agents.add(AGENT, body(peers.wire), ACT)
         await until(agents, AGENT, attested=True)
         peers.wire.guest.tpm.pcrs[0] = bytes(32)
         with monkeypatch.context() as patch:

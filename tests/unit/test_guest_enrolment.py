@@ -81,7 +81,7 @@ async def registry(store_url: str) -> AsyncIterator[Registry]:
     try:
         made = Registry(RegistrarStore(store))
         await made.store.pin_host(enrolled(made.host), ACT)
-        await made.store.state_guest(AGENT, made.host.host_id, 0.0)
+        await made.store.state_guest(AGENT, made.host.host_id, ACT)
         yield made
     finally:
         await store.close()
@@ -214,14 +214,14 @@ async def test_another_vtpm_under_the_same_id_is_a_changed_key(registry: Registr
     with pytest.raises(KeyChanged):
         await registry.enroller.register(AGENT, changed_ak)
     await registry.store.remove_guest(AGENT, ACT)
-    await registry.store.state_guest(AGENT, registry.host.host_id, 0.0)
+    await registry.store.state_guest(AGENT, registry.host.host_id, ACT)
     await registry.register(other.keys(other.certified(AGENT, registry.host.ca_key)), vtpm=other)
 
 
 async def test_one_key_under_two_ids_is_a_clone(registry: Registry) -> None:
     """Neither the EK nor the AK of an active guest serves a second one."""
     await registry.register(registry.keys())
-    await registry.store.state_guest(OTHER, registry.host.host_id, 0.0)
+    await registry.store.state_guest(OTHER, registry.host.host_id, ACT)
     with pytest.raises(CloneSuspected):
         await registry.enroller.register(OTHER, registry.keys(OTHER))
     other = SoftVtpm()
@@ -232,7 +232,7 @@ async def test_one_key_under_two_ids_is_a_clone(registry: Registry) -> None:
 
 async def test_two_guests_that_register_the_same_keys_at_once_do_not_both_win(registry: Registry) -> None:
     """Both have open challenges for one vTPM; the second activation is refused."""
-    await registry.store.state_guest(OTHER, registry.host.host_id, 0.0)
+    await registry.store.state_guest(OTHER, registry.host.host_id, ACT)
     blobs = {
         agent_id: await registry.enroller.register(agent_id, registry.keys(agent_id)) for agent_id in (AGENT, OTHER)
     }
@@ -305,8 +305,8 @@ async def test_a_guest_does_not_move_between_hosts(registry: Registry) -> None:
     other = SoftHost(registry.host.vendor, REQUESTER)
     await registry.store.pin_host(enrolled(other), ACT)
     with pytest.raises(Conflict):
-        await registry.store.state_guest(AGENT, other.host_id, 0.0)
+        await registry.store.state_guest(AGENT, other.host_id, ACT)
     with pytest.raises(NotFound):
-        await registry.store.state_guest(OTHER, HostId(uuid.uuid4()), 0.0)
-    assert (await registry.store.state_guest(AGENT, registry.host.host_id, 5.0)).host_id == registry.host.host_id
+        await registry.store.state_guest(OTHER, HostId(uuid.uuid4()), ACT)
+    assert (await registry.store.state_guest(AGENT, registry.host.host_id, ACT)).host_id == registry.host.host_id
     assert [record.agent_id for record in await registry.store.guests()] == [AGENT]

@@ -69,7 +69,7 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
             vtpm=SoftVtpm(),
         )
         await store.pin_host(enrolled(made.host), act("host-add"))
-        await store.state_guest(AGENT, made.host_id, 0.0)
+        await store.state_guest(AGENT, made.host_id, act("guest-state"))
         await made.register(made.vtpm, made.host)
         yield made
     finally:
@@ -89,7 +89,7 @@ async def test_a_new_ak_replaces_the_pinned_one_and_guests_stay(registry: Regist
     assert await registry.store.host(registry.host_id) == replaced
     assert stated == []
     assert (await registry.store.guest(AGENT)).keys is not None
-    assert await registry.actions() == ["host-add", "host-re-enrol"]
+    assert await registry.actions() == ["host-add", "guest-state", "host-re-enrol"]
 
 
 async def test_with_a_new_ca_key_the_guests_have_to_register_again(registry: Registry) -> None:
@@ -123,7 +123,7 @@ async def test_a_refused_replacement_leaves_the_old_keys(registry: Registry, who
         await registry.store.replace_host(enrolled(registry.host, ak=ak), act("host-re-enrol"))
     assert await registry.store.host(registry.host_id) == before
     assert (await registry.store.guest(AGENT)).keys is not None
-    assert await registry.actions() == ["host-add", "host-add"]
+    assert await registry.actions() == ["host-add", "guest-state", "host-add"]
     await registry.store.replace_host(enrolled(registry.host), act("host-re-enrol"))
 
 
@@ -135,7 +135,7 @@ async def test_a_host_that_is_not_enrolled_is_not_replaced(registry: Registry) -
 
 async def test_a_guest_that_was_challenged_under_the_old_ca_key_is_not_pinned(registry: Registry) -> None:
     """Its certificate was checked with a CA key that is not the host's any more."""
-    await registry.store.state_guest(OTHER, registry.host_id, 0.0)
+    await registry.store.state_guest(OTHER, registry.host_id, act("guest-state"))
     vtpm, other = SoftVtpm(), SoftHost(registry.host.vendor, REQUESTER)
     blob = await registry.enroller.register(OTHER, vtpm.keys(vtpm.certified(OTHER, registry.host.ca_key)))
     await registry.store.replace_host(enrolled(registry.host, ca=other.ca), act("host-re-enrol"))
@@ -155,9 +155,9 @@ async def test_a_guest_that_is_re_enrolled_may_come_with_another_vtpm(registry: 
     record = await registry.store.restate_guest(AGENT, None, act("guest-re-enrol", AGENT))
     assert (record.keys, record.host_id) == (None, registry.host_id)
     await registry.register(other, registry.host)
-    await registry.store.state_guest(OTHER, registry.host_id, 0.0)
+    await registry.store.state_guest(OTHER, registry.host_id, act("guest-state"))
     await registry.register(registry.vtpm, registry.host, OTHER)
-    assert await registry.actions() == ["host-add", "guest-re-enrol"]
+    assert await registry.actions() == ["host-add", "guest-state", "guest-re-enrol", "guest-state"]
 
 
 async def test_a_guest_is_re_enrolled_onto_another_host(registry: Registry) -> None:
@@ -165,7 +165,7 @@ async def test_a_guest_is_re_enrolled_onto_another_host(registry: Registry) -> N
     second = SoftHost(registry.host.vendor, REQUESTER)
     await registry.store.pin_host(enrolled(second), act("host-add"))
     with pytest.raises(Conflict, match="re-enrol"):
-        await registry.store.state_guest(AGENT, second.host_id, 0.0)
+        await registry.store.state_guest(AGENT, second.host_id, act("guest-state"))
     await registry.store.restate_guest(AGENT, second.host_id, act("guest-re-enrol", AGENT))
     await registry.register(SoftVtpm(), second)
     await registry.store.remove_host(registry.host_id, act("host-remove", registry.host_id))
@@ -180,7 +180,19 @@ async def test_nothing_is_forgotten_for_an_unknown_host_or_guest(
     with pytest.raises(NotFound):
         await registry.store.restate_guest(agent_id, host_id, act("guest-re-enrol"))
     assert (await registry.store.guest(AGENT)).keys is not None
-    assert await registry.actions() == ["host-add"]
+    assert await registry.actions() == ["host-add", "guest-state"]
+
+
+async def test_a_stated_guest_is_audited_once(registry: Registry) -> None:
+    """Stating it again where it is changes nothing and is no act; one that is refused is none either."""
+    await registry.store.state_guest(AGENT, registry.host_id, act("guest-state", AGENT))
+    assert await registry.actions() == ["host-add", "guest-state"]
+    with pytest.raises(NotFound):
+        await registry.store.state_guest(OTHER, SoftHost(Vendor(), REQUESTER).host_id, act("guest-state", OTHER))
+    await registry.store.state_guest(OTHER, registry.host_id, act("guest-state", OTHER))
+    entries = await AlarmStore(registry.database).audit()
+    assert [entry.action for entry in entries] == ["host-add", "guest-state", "guest-state"]
+    assert entries[-1].subject == str(OTHER)
 
 
 async def test_removals_are_audited(registry: Registry) -> None:
@@ -188,7 +200,7 @@ async def test_removals_are_audited(registry: Registry) -> None:
     await registry.store.remove_guest(AGENT, act("guest-remove", AGENT))
     await registry.store.remove_host(registry.host_id, act("host-remove", registry.host_id))
     entries = await AlarmStore(registry.database).audit()
-    assert entries[1:] == [act("guest-remove", AGENT), act("host-remove", registry.host_id)]
+    assert entries[2:] == [act("guest-remove", AGENT), act("host-remove", registry.host_id)]
 
 
 # --- the chain for people ---------------------------------------------------------------------------------
