@@ -3,6 +3,7 @@
 Invariants:
     1. A name belongs to one host: who announces it for another one is refused until an operator decides.
     2. A host with guests is not removed; a host whose TPM was replaced keeps its guests and allowlists.
+    3. A host becomes the one that its own agent announces, and no other.
 
 Owner: the provider registrar.
 
@@ -110,7 +111,9 @@ class HostStore:
             await session.delete(row)
             audit_store.record(session, AuditRow, act)
 
-    async def replace(self, old: HostId, new: HostId, act: AuditEntry) -> list[AgentId]:
+    async def replace(
+        self, old: HostId, new: HostId, act: AuditEntry, *, announced: Callable[[str], HostId | None]
+    ) -> list[AgentId]:
         """Gives a host the id that follows from its new TPM's EK; name, guests and allowlists stay with it.
 
         The guests have to register anew: their vTPMs were certified by a key in the old TPM.
@@ -119,13 +122,14 @@ class HostStore:
             old: as it is known.
             new: as its agent announces it, in vain until then.
             act: audit entry.
+            announced: the id that the agent of a name announces in vain, if any.
 
         Returns:
             Its guests.
 
         Raises:
             NotFound: the old host is not known.
-            Conflict: the new one is known already, as another host.
+            Conflict: the new one is known already, as another host; or the host's agent has not announced it.
 
         *Cancellation:* all is done or nothing.
         """
@@ -133,6 +137,11 @@ class HostStore:
             row = await _host(session, old)
             if await session.get(Host, str(new)) is not None:
                 raise Conflict(f"host {new} is known already: it cannot take the place of another one")
+            if announced(row.name) != new:
+                raise Conflict(
+                    f"the agent of {row.name} has not announced host {new}: start it with the new TPM; harness provider host "
+                    "list shows the id that it announces"
+                )
             name, row.name = row.name, row.host_id  # names are unique: it is made free first
             await session.flush()
             session.add(Host(host_id=str(new), name=name, url=row.url, reported_at=row.reported_at))

@@ -153,13 +153,18 @@ class OperatorCalls:
 
     async def _show_hosts(self, _request: web.Request) -> object:
         hosts = await self._hosts.hosts()
-        return {"hosts": [{**host, "replacement": self._replacements.of(host["name"])} for host in hosts]}
+        return {"hosts": [{**host, "replacement": self._replacement(host["name"])} for host in hosts]}
+
+    def _replacement(self, name: str) -> str | None:
+        announced = self._replacements.of(name)
+        return None if announced is None else str(announced)
 
     async def _replace_host(self, request: web.Request) -> object:
         old = _host_id(request)
         body = await read_object(request, members={"host_id", "reason"})
         new, reason = parse_host_id(text(body, "host_id")), parse_reason(body.get("reason"))
-        guests = await self._hosts.replace(old, new, self._act(request, "host-replace", f"{old} by {new}", reason))
+        entry = self._act(request, "host-replace", f"{old} by {new}", reason)
+        guests = await self._hosts.replace(old, new, entry, announced=self._replacements.of)
         for agent_id in guests:
             self._forget(agent_id)
         return {"host_id": str(new), "guests": [str(agent_id) for agent_id in guests]}

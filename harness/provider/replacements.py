@@ -22,10 +22,9 @@ class Replacements:
     def __init__(self) -> None:
         self._announced: dict[str, HostId] = {}
 
-    def of(self, name: str) -> str | None:
+    def of(self, name: str) -> HostId | None:
         """Host id that the agent of this name announces in vain."""
-        host_id = self._announced.get(name)
-        return None if host_id is None else str(host_id)
+        return self._announced.get(name)
 
     def announced(self, name: str, host_id: HostId, known: HostId | None) -> None:
         """Takes note of an announcement.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from harness.errors import AccessDenied, ChallengeFailed, Conflict, NotFound
 from harness.pki import Role
+from harness.values import HostId
 from tests.e2e import test_provider_registrar as base
 from tests.e2e.test_provider_registrar import GUEST, HOST, OTHER, OTHER_HOST, STRANGERS, Site, register
 from tests.support.enrolment_parties import SoftVtpm
@@ -39,6 +41,9 @@ async def acts(site: Site) -> list[tuple[str, str, str]]:
 
 
 async def replace(site: Site) -> Any:
+    """The host's agent has announced its new TPM; the operator knows of it."""
+    with pytest.raises(Conflict):
+        await site.host_agent().put(f"/v1/hosts/{NEW}", ANNOUNCED)
     body = {"host_id": str(NEW), "reason": "the mainboard was replaced"}
     return await call(site, "PUT", f"/v1/hosts/{HOST}/replace", body)
 
@@ -87,8 +92,6 @@ async def test_a_replaced_host_keeps_its_guests_and_allowlists(site: Site) -> No
     """In one step; the agent's next announcement is taken, and the old TPM's is not."""
     await site.operator.allow("alice", HOST, allow([0, 7]))
     await register(site)
-    with pytest.raises(Conflict):
-        await site.host_agent().put(f"/v1/hosts/{NEW}", ANNOUNCED)
     answer = await replace(site)
     assert (answer["host_id"], sorted(answer["guests"])) == (
         str(NEW),
@@ -121,6 +124,24 @@ async def test_what_a_tenant_may_see_of_the_new_host_is_not_replaced(site: Site)
     await replace(site)
     shown = {tenant["name"]: tenant["allowlists"] for tenant in await site.operator.tenants()}
     assert shown == {"alice": {str(NEW): {"sha256": [1]}}, "bob": {str(NEW): {"sha256": [2]}}}
+
+
+async def test_a_host_becomes_only_the_one_that_its_own_agent_announces(site: Site) -> None:
+    """409 before anything was announced, for another id, and when the agent announced the known TPM again meanwhile."""
+    third = HostId(uuid.uuid4())
+    path, reason = f"/v1/hosts/{HOST}/replace", "the mainboard was replaced"
+    before = (await site.operator.guests(), await acts(site))
+    with pytest.raises(Conflict, match="has not announced"):
+        await call(site, "PUT", path, {"host_id": str(NEW), "reason": reason})
+    with pytest.raises(Conflict):
+        await site.host_agent().put(f"/v1/hosts/{NEW}", ANNOUNCED)
+    with pytest.raises(Conflict, match="has not announced"):
+        await call(site, "PUT", path, {"host_id": str(third), "reason": reason})
+    await site.host_agent().put(f"/v1/hosts/{HOST}", ANNOUNCED)
+    with pytest.raises(Conflict, match="has not announced"):
+        await call(site, "PUT", path, {"host_id": str(NEW), "reason": reason})
+    assert (await site.operator.guests(), await acts(site)) == before
+    assert [host["host_id"] for host in await site.operator.hosts()] == [str(HOST)]
 
 
 async def test_a_host_takes_the_place_of_no_known_one(site: Site) -> None:
