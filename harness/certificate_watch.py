@@ -6,6 +6,7 @@ Events:
 |---|---|---|
 | ``certificate_in_use`` | info | another certificate is in use, or the first one |
 | ``certificate_refused`` | error | its file changed and cannot be used; the one before stays in use |
+| ``certificate_not_audited`` | error | its file was renewed; it is in use as soon as the audit trail takes the entry |
 | ``certificate_expires`` | warning | it is to be renewed: at the start, then once a day |
 | ``certificate_expired`` | error | clients and servers refuse this service: at once, then once a day |
 | ``internal_fault`` | error | a look failed; the next one is made all the same |
@@ -24,8 +25,8 @@ from collections.abc import Awaitable, Callable
 from cryptography import x509
 
 from harness import events
-from harness.errors import CertificateRefused
-from harness.own_certificate import OwnCertificate
+from harness.errors import CertificateRefused, StoreError
+from harness.own_certificate import Audit, OwnCertificate
 
 LOOK_S = 2.0
 REMIND_S = 86400.0
@@ -36,6 +37,7 @@ class CertificateWatch:
 
     Args:
         own: the certificate.
+        audit: keeps the entry of a renewed file.
         also: done at each look.
         monotonic: seconds, for the reminders; a clock that is set makes none and drops none.
     """
@@ -43,13 +45,16 @@ class CertificateWatch:
     def __init__(
         self,
         own: OwnCertificate,
+        audit: Audit,
         also: Callable[[], Awaitable[None]],
         *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._own = own
+        self._audit = audit
         self._also = also
         self._monotonic = monotonic
+        self._waits: str | None = None
         self._reminded: tuple[str, float] | None = None
         self._known: x509.Certificate | None = None
 
@@ -57,16 +62,17 @@ class CertificateWatch:
         """Looks every two seconds until it is cancelled. *Cancellation:* nothing is left."""
         while True:
             try:
-                self.look()
+                await self.look()
                 await self._also()
             except Exception:  # the border of this task: one look that fails must not be the last
                 events.emit("internal_fault", level="error", exc_info=True)
             await asyncio.sleep(LOOK_S)
 
-    def look(self) -> None:
-        """Looks once."""
+    async def look(self) -> None:
+        """Looks once. *Cancellation:* the next look finds what this one did not."""
         try:
-            self._own.refresh()
+            await self._own.take_file(self._audit)
+            self._waits = None
         except CertificateRefused as error:
             events.emit(
                 "certificate_refused",
@@ -75,6 +81,10 @@ class CertificateWatch:
                 detail=error.detail,
                 step="renew it again",
             )
+        except StoreError as error:
+            if error.detail != self._waits:
+                self._waits = error.detail
+                events.emit("certificate_not_audited", level="error", file=str(self._own.path), detail=error.detail)
         if self._own.certificate is not self._known:
             self._known, self._reminded = self._own.certificate, None
             events.emit("certificate_in_use", file=str(self._own.path), expires=self._expires)

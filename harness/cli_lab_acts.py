@@ -22,7 +22,10 @@ HostArgument = Annotated[
 SOON_DAYS = 30
 """`lab status` shows how long a certificate is valid when it is less than this."""
 _LONGEST_DAYS = 36_500.0
-_HOW = {"call": "the service has it in use", "file": "in its file, for its next use"}
+_HOW = {
+    "call": "the service has it in use",
+    "file": "in its file, for its next use; without the reason in its audit trail",
+}
 
 
 def _days(value: float) -> float:
@@ -72,8 +75,9 @@ def renew(
 ) -> None:
     """Renew certificates on the same keys: a running service takes its own at once, others find it in their file.
 
-    Nothing has to be enrolled or started anew. Services are named as `lab status` shows them; a guest's agent is
-    agent-GUEST, an operator provider-operator or TENANT-operator, a tenant's client TENANT-client.
+    Nothing has to be enrolled or started anew. The reason is in the audit trail of those that took theirs by a call;
+    one that finds it in its file audits that, and not the reason. Services are named as `lab status` shows them; a
+    guest's agent is agent-GUEST, an operator provider-operator or TENANT-operator, a tenant's client TENANT-client.
     """
     import asyncio
 

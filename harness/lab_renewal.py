@@ -2,7 +2,9 @@
 
 A certificate is issued anew on the same key by the authority of the lab that issued it, and given to the running
 service (``PUT /v1/certificate``), which audits who did it and why. A service that does not answer, for example because
-its certificate has expired already, gets it through its file, which it takes into use within a few seconds.
+its certificate has expired already, gets it through its file, which it takes into use within a few seconds; its audit
+trail says so (who ``file``), for the reason cannot be told there. What is not running, and operators, who have no audit
+trail, find theirs at their next start. `Renewed.by` says which went which way.
 
 Invariants:
     1. Key, role, name and addresses stay: nothing has to be enrolled or pinned anew.
@@ -50,7 +52,7 @@ class Renewed:
     Args:
         name: of the service or operator.
         expires: end of the new certificate.
-        by: ``call`` when the service took it, ``file`` when it was written to its file.
+        by: ``call`` when the service took it, and audited the reason; ``file`` when it was written to its file.
     """
 
     name: str
@@ -77,7 +79,7 @@ async def renew(folder: Path, services: Sequence[str], days: float, reason: str)
         services: names as `harness lab status` shows them, ``agent-GUEST``, ``provider-operator``,
             ``TENANT-operator`` or ``TENANT-client``; all of them when empty.
         days: length of validity.
-        reason: for the audit trail.
+        reason: for the audit trail of those who take it by a call.
 
     Raises:
         ConfigError: no lab there, an unknown name, or a file that cannot be used.

@@ -5,13 +5,15 @@
     own = OwnCertificate(settings.tls)
     own.use_in(context)             # a server's: new handshakes show what is in use
     await own.replace(pem, entry, audit)
-    own.refresh()                   # somebody else may have renewed the file
+    await own.take_file(audit)      # a server: somebody else may have renewed the file
+    own.refresh()                   # a client: the same; the process's server tells and audits it
 
 Invariants:
     1. What takes a certificate's place has its key, role, name, addresses and authority: ``requester`` and the rights
        of its owner stay what they were (DESIGN 3.2).
     2. A file that cannot be used leaves the certificate before it in use.
-    3. A renewal is audited before it is in force, and the file appears whole.
+    3. A server audits a renewal before it is in force there, whichever way it came; a file that was replaced while the
+       process was down is in force from its start. A file that a server writes appears whole.
 
 Owner: the event loop of the process.
 
@@ -47,6 +49,10 @@ Clock = Callable[[], datetime.datetime]
 
 RENEW_DAYS, RENEW_SHARE = 14, 0.2
 """A certificate is to be renewed when it is valid for fewer days than this, or for less than this share of its time."""
+RENEWAL = "certificate-renew"
+"""Action of the audit entry."""
+FROM_FILE = "(taken from its file)"
+"""Reason of a renewal whose reason nobody could state."""
 _UNREADABLE = (ValueError, IndexError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 _MARK = b"-----BEGIN CERTIFICATE-----"
 _USES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
@@ -76,6 +82,7 @@ class OwnCertificate:
         self._authorities = {name: load_certificate(path) for name, path in tls.authorities.items()}
         self._seen = _stamp(self._path)
         self._contexts: list[ssl.SSLContext] = []
+        self._turn = asyncio.Lock()  # or a file that `replace` has just written would be taken for somebody else's
         self.certificate = load_certificate(self._path)
         """The one that is in use."""
         try:
@@ -150,6 +157,48 @@ class OwnCertificate:
         if stamp == self._seen:
             return False
         self._seen = stamp
+        pair = self._in_file()
+        if pair is None:
+            return False
+        self._take(pair)
+        return True
+
+    async def take_file(self, audit: Audit) -> bool:
+        """As `refresh`, for a server: audited before it is in force.
+
+        Args:
+            audit: keeps the entry.
+
+        Raises:
+            CertificateRefused: as `refresh`.
+            StoreError: it cannot be audited; the certificate before it stays, and the next call tries again.
+
+        *Cancellation:* the entry may be there already; another call takes the file into use.
+        """
+        async with self._turn:
+            stamp = _stamp(self._path)
+            if stamp == self._seen:
+                return False
+            try:
+                pair = self._in_file()
+            except CertificateRefused:
+                self._seen = stamp
+                raise
+            if pair is not None:
+                await audit(self._by_file())
+                self._take(pair)
+            self._seen = stamp
+            return pair is not None
+
+    def _by_file(self) -> AuditEntry:
+        try:
+            subject = self.name
+        except AccessDenied:  # it states no role
+            subject = self._path.name
+        return AuditEntry(at=self._clock().timestamp(), who="file", action=RENEWAL, subject=subject, reason=FROM_FILE)
+
+    def _in_file(self) -> _Pair | None:
+        """What is in the file; None when it is the certificate in use."""
         try:
             pem = self._path.read_bytes()
         except OSError as error:
@@ -158,10 +207,7 @@ class OwnCertificate:
             pair = self._judge(pem)
         except MalformedMessage as error:
             raise CertificateRefused(f"{self._path}: {error.detail}") from error
-        if pair.certificate == self.certificate:
-            return False
-        self._take(pair)
-        return True
+        return None if pair.certificate == self.certificate else pair
 
     async def replace(self, pem: str, entry: AuditEntry, audit: Audit) -> None:
         """Takes a renewed certificate into use, and writes it to its file.
@@ -176,7 +222,7 @@ class OwnCertificate:
             CertificateRefused: not a renewal of the one in use.
             StoreError: it cannot be audited, or the file cannot be written; the old one stays.
 
-        *Cancellation:* the file holds the old or the new certificate; `refresh` takes the new one into use.
+        *Cancellation:* the file holds the old or the new certificate; `take_file` takes the new one into use.
         """
         data = pem.encode()
         if data.count(_MARK) != 1:
@@ -184,13 +230,14 @@ class OwnCertificate:
         pair = self._judge(data)
         if self.authority is None:
             raise CertificateRefused("its authority is not one of this service's settings")
-        await audit(entry)
-        try:
-            await asyncio.to_thread(write_private, self._path, data)
-        except OSError as error:
-            raise StoreError(f"{self._path}: cannot be written: {error.strerror}") from error
-        self._seen = _stamp(self._path)
-        self._take(pair)
+        async with self._turn:
+            await audit(entry)
+            try:
+                await asyncio.to_thread(write_private, self._path, data)
+            except OSError as error:
+                raise StoreError(f"{self._path}: cannot be written: {error.strerror}") from error
+            self._seen = _stamp(self._path)
+            self._take(pair)
 
     def _judge(self, pem: bytes) -> _Pair:
         """A renewal of the certificate in use.

@@ -46,7 +46,7 @@ from harness.door import Bounds, Door
 from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage, ShuttingDown
 from harness.health import FAILING, Health
 from harness.messages import parse_json, success
-from harness.own_certificate import Audit, OwnCertificate, to_events
+from harness.own_certificate import RENEWAL, Audit, OwnCertificate, to_events
 from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
@@ -62,6 +62,7 @@ ANSWERED_S = 1.2
 _CALLS: web.AppKey[set[asyncio.Timeout]] = web.AppKey("calls")
 _STOPPING: web.AppKey[asyncio.Event] = web.AppKey("stopping", asyncio.Event)
 _CHANNELS: web.AppKey[weakref.WeakKeyDictionary[web.WebSocketResponse, Peer]] = web.AppKey("channels")
+_AUDIT: web.AppKey[Audit] = web.AppKey("audit")
 _OWN: web.AppKey[OwnCertificate] = web.AppKey("own certificate", OwnCertificate)
 _PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
 
@@ -140,10 +141,10 @@ def application(
         routes: its own calls.
         identities: who may have a certificate.
         health: its checks; none by default.
-        audit: keeps the entry of a renewed certificate.
+        audit: keeps the entry of a renewed certificate, also of one that came through its file.
     """
     app = web.Application(middlewares=[envelope], client_max_size=BODY_LIMIT)
-    app[_CALLS], app[_STOPPING] = set(), asyncio.Event()
+    app[_CALLS], app[_STOPPING], app[_AUDIT] = set(), asyncio.Event(), audit
     app[_CHANNELS] = weakref.WeakKeyDictionary()
     app.on_shutdown.extend((_bound_calls, _close_channels))
     own = list(routes)
@@ -177,9 +178,7 @@ def _common_routes(service: str, health: Health, audit: Audit) -> list[Route]:
         if not isinstance(body.get("certificate"), str):
             raise MalformedMessage("certificate must be PEM text")
         reason = parse_reason(body.get("reason"))
-        entry = AuditEntry(
-            at=now().timestamp(), who=peer.who, action="certificate-renew", subject=own.name, reason=reason
-        )
+        entry = AuditEntry(at=now().timestamp(), who=peer.who, action=RENEWAL, subject=own.name, reason=reason)
         await own.replace(body["certificate"], entry, audit)
         return {"certificate_expires": own.expires.timestamp()}
 
@@ -331,7 +330,7 @@ async def serve(
             max_field_size=LINE_LIMIT,
         )
         accepting = Door(connection, context, bounds).run(listening)
-        watching = CertificateWatch(own, lambda: _close_expired(app)).run()
+        watching = CertificateWatch(own, app[_AUDIT], lambda: _close_expired(app)).run()
         try:
             async with _beside(accepting, watching):
                 yield Server(_url(listening), own, context)

@@ -35,7 +35,7 @@ from harness.errors import (
     PeerUnreachable,
     StoreError,
 )
-from harness.own_certificate import OwnCertificate
+from harness.own_certificate import Audit, OwnCertificate
 from harness.peer import PeerClient
 from harness.pki import Issued, Role, load_certificate, now
 from harness.tls import ServerJudge, certificate_requester, identities_of
@@ -230,6 +230,60 @@ async def test_a_file_that_another_tool_renewed_is_noticed(pki: Pki) -> None:
         new = reissue(pki, running.tls)
         put_in_place(new, running.tls)
         await eventually(lambda: shown_by(running.port, operator), new.certificate)
+        [entry] = running.entries
+        assert (entry.who, entry.action, entry.reason) == ("file", "certificate-renew", "(taken from its file)")
+        assert entry.subject == "provider-verifier/server"
+
+
+async def test_a_file_that_cannot_be_audited_waits(pki: Pki, capfd: pytest.CaptureFixture[str]) -> None:
+    """Told once; it is taken into use as soon as the audit trail takes the entry."""
+    tls, entries, fault = pki.tls("alice"), [], [StoreError("disk full")]
+    own = OwnCertificate(tls)
+    before, new = own.certificate, reissue(pki, tls)
+
+    async def audit(entry: AuditEntry) -> None:
+        for each in fault:
+            raise each
+        entries.append(entry)
+
+    async def nothing() -> None:
+        pass
+
+    watch = CertificateWatch(own, audit, nothing)
+    put_in_place(new, tls)
+    for _ in range(3):
+        await watch.look()
+        assert own.certificate == before
+    assert capfd.readouterr().err.count('"certificate_not_audited"') == 1
+    fault.clear()
+    for _ in range(3):
+        await watch.look()
+    assert (own.certificate, len(entries)) == (new.certificate, 1)
+
+
+async def test_a_renewal_by_a_call_is_not_audited_again_as_one_by_file(pki: Pki) -> None:
+    """Also when the watch looks between the file's appearance and the end of the call."""
+    tls, entries = pki.tls("alice", trusts=("alice",)), []
+    own = OwnCertificate(tls)
+    entry = AuditEntry(at=1.0, who="op", action="certificate-renew", subject="x", reason="why")
+
+    async def audit(entry: AuditEntry) -> None:
+        entries.append(entry.who)
+        await asyncio.sleep(0)
+
+    looking = asyncio.Event()
+
+    async def look() -> None:
+        while not looking.is_set():
+            await own.take_file(audit)
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(look())
+    for _ in range(20):
+        await own.replace(pem(reissue(pki, tls)), entry, audit)
+    looking.set()
+    await task
+    assert entries == ["op"] * 20
 
 
 @pytest.mark.parametrize("content", ["", "half a certificate", "foreign", *ODD])
@@ -299,14 +353,14 @@ async def test_a_look_that_fails_is_not_the_last(
 ) -> None:
     """An unforeseen exception of one look is told, and the next look finds the renewed file."""
     operator = pki.tls("provider", Role.PROVIDER_OPERATOR, "op")
-    refresh, faults = OwnCertificate.refresh, iter([ZeroDivisionError("unforeseen")])
+    take_file, faults = OwnCertificate.take_file, iter([ZeroDivisionError("unforeseen")])
 
-    def fail_once(own: OwnCertificate) -> bool:
+    async def fail_once(own: OwnCertificate, audit: Audit) -> bool:
         for fault in faults:
             raise fault
-        return refresh(own)
+        return await take_file(own, audit)
 
-    monkeypatch.setattr(OwnCertificate, "refresh", fail_once)
+    monkeypatch.setattr(OwnCertificate, "take_file", fail_once)
     async with served(pki) as running:
         new = reissue(pki, running.tls)
         put_in_place(new, running.tls)
