@@ -139,8 +139,8 @@ class HostStore:
                 raise Conflict(f"host {new} is known already: it cannot take the place of another one")
             if announced(row.name) != new:
                 raise Conflict(
-                    f"the agent of {row.name} has not announced host {new}: start it with the new TPM; harness provider host "
-                    "list shows the id that it announces"
+                    f"the agent of {row.name} has not announced host {new}: start it with the new TPM; "
+                    "harness provider host list shows the id that it announces"
                 )
             name, row.name = row.name, row.host_id  # names are unique: it is made free first
             await session.flush()
