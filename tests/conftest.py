@@ -3,7 +3,7 @@
 * ``needs_swtpm`` skips on a machine without swtpm, and **fails** where ``HARNESS_REQUIRE`` names ``swtpm``
   (the tox env ``e2e`` and CI do).
 * ``needs_postgres`` does the same for PostgreSQL; ``HARNESS_REQUIRE=swtpm,postgres`` requires both.
-* ``needs_faketime`` (a clock that jumps) and ``needs_mount`` (a disk of the test's own) do so as well.
+* ``needs_cc`` (a clock that jumps is compiled) and ``needs_mount`` (a disk of the test's own) do so as well.
 * The seed of the run is in the header; ``HARNESS_SEED=N`` repeats it. Tests take their randomness from the
   fixture ``rng``.
 * Hypothesis has no deadline (the machine may be busy) and draws the same examples in CI on each run.
@@ -49,8 +49,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _require("swtpm", requirements.missing_for_swtpm(), "`harness doctor` tells how to install it")
     if item.get_closest_marker("needs_postgres") is not None:
         _require("postgres", requirements.missing_for_postgres(), "`tools/setup.sh --tests` installs it")
-    if item.get_closest_marker("needs_faketime") is not None:
-        _require("faketime", requirements.missing_for_faketime(), "`tools/setup.sh --tests` installs it")
+    if item.get_closest_marker("needs_cc") is not None:
+        _require("cc", requirements.missing_for_cc(), "`tools/setup.sh` installs it")
     if item.get_closest_marker("needs_mount") is not None:
         _require("mount", requirements.missing_for_mount(), "run as root, in a container with CAP_SYS_ADMIN")
 

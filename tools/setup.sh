@@ -3,7 +3,7 @@
 #
 #   tools/setup.sh            everything that is missing
 #   tools/setup.sh --packages the distribution packages only
-#   tools/setup.sh --tests    also what only the tests need (a PostgreSQL server's programs, libfaketime); goes with --packages
+#   tools/setup.sh --tests    also what only the tests need (a PostgreSQL server's programs); goes with --packages
 #
 # Invariants:
 #   1. Nothing is installed that is there already, and a run with nothing to do takes well under a second.
@@ -34,18 +34,11 @@ missing_packages() {
     pkg-config --exists tss2-esys tss2-fapi 2>/dev/null || echo 'libtss2-dev tpm2-tss-devel'
     [ -e /usr/include/stdio.h ] || echo 'libc6-dev glibc-devel'
     [ -z "$FOR_TESTS" ] || has_postgres || echo 'postgresql postgresql-server'
-    [ -z "$FOR_TESTS" ] || has_faketime || echo 'libfaketime libfaketime'
     has_python || printf 'python3 python3\npython3-venv python3\npython3-dev python3-devel\n'
 }
 
 # Whether a PostgreSQL server's programs are here: Debian keeps them beside the version, and this one in PATH.
 has_postgres() { have pg_ctlcluster || have initdb; }
-
-# Whether a program can be given a clock of the test's own.
-has_faketime() {
-    compgen -G '/usr/lib*/faketime/libfaketimeMT.so.1' >/dev/null ||
-        compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null
-}
 
 # Whether an interpreter exists from which .venv was made, or can be made, and tpm2-pytss compiled.
 has_python() {

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from tests.support.postgres import program
 
@@ -50,17 +49,9 @@ def missing_for_mount() -> tuple[str, ...]:
 
 
 @functools.cache
-def missing_for_faketime() -> tuple[str, ...]:
-    """What tests with a system clock that jumps need and this machine lacks."""
-    return () if faketime_library() is not None else ("libfaketime",)
-
-
-def faketime_library() -> Path | None:
-    """The library that a program is started with for its clock to be the test's."""
-    found = (
-        path for place in ("/usr/lib", "/usr/lib64") for path in Path(place).glob("**/faketime/libfaketimeMT.so.1")
-    )
-    return next(found, None)
+def missing_for_cc() -> tuple[str, ...]:
+    """What tests that compile something need and this machine lacks."""
+    return () if shutil.which("cc") is not None else ("cc",)
 
 
 def skipped_everything(counts: Mapping[str, int]) -> bool:
