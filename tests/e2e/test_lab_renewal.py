@@ -13,6 +13,7 @@ from harness.errors import ConfigError, HarnessError
 from harness.lab_plan import plan
 from harness.lab_renewal import Renewed, days_left, names, renew
 from harness.lab_site import LabSite, write_image
+from harness.own_certificate import FROM_FILE
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.tls import certificate_requester
@@ -21,6 +22,8 @@ from tests.support.stop_lab import started, until
 from tests.support.web_lab import Pki
 
 REASON = "the old one ends this week"
+SHORT_S = 10.0
+"""Between the making of a certificate and the end of the call that hands it over."""
 
 
 class Folder:
@@ -103,13 +106,15 @@ async def test_a_running_service_takes_it_at_once_and_an_expired_one_soon(folder
     with started(file.name, file.service, file.config, folder.path / "registrar.log") as running:
         async with client() as asking:
             await until(lambda: asking.get("/version"), running)
-            [done] = await renew(folder.path, ["provider-registrar"], 4 / 86400, REASON)
+            [done] = await renew(folder.path, ["provider-registrar"], 30, REASON)
             assert done.by == "call"
             trail = await asking.get("/v1/audit")
             assert isinstance(trail, dict)
             entry = trail["entries"][-1]
             assert (entry["action"], entry["subject"]) == ("certificate-renew", "provider-registrar/registrar")
             assert (entry["who"], entry["reason"]) == ("provider/provider-operator/operator", REASON)
+            [done] = await renew(folder.path, ["provider-registrar"], SHORT_S / 86400, REASON)
+            assert done.by == "call"
         await until_expired(tls)
         async with client() as asking:
             with pytest.raises(HarnessError, match="certificate has expired"):
@@ -117,6 +122,11 @@ async def test_a_running_service_takes_it_at_once_and_an_expired_one_soon(folder
             [again] = await renew(folder.path, ["provider-registrar"], 30, REASON)
             assert again == Renewed(name=done.name, expires=again.expires, by="file")
             await until(lambda: asking.get("/version"), running)
+            trail = await asking.get("/v1/audit")
+            assert isinstance(trail, dict)
+            entry = trail["entries"][-1]
+            assert (entry["action"], entry["subject"]) == ("certificate-renew", "provider-registrar/registrar")
+            assert (entry["who"], entry["reason"]) == ("file", FROM_FILE)
         put_in_place(reissue(pki, operator, seconds=-1, authority="provider"), operator)
         async with client() as asking:
             with pytest.raises(HarnessError, match=r"our own certificate .* expired at"):

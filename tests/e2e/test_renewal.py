@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import datetime
 import json
 import os
 from collections.abc import AsyncIterator
@@ -35,15 +36,17 @@ from harness.errors import (
     PeerUnreachable,
     StoreError,
 )
-from harness.own_certificate import Audit, OwnCertificate
+from harness.own_certificate import Audit, Clock, OwnCertificate
 from harness.peer import PeerClient
 from harness.pki import Issued, Role, load_certificate, now
-from harness.tls import ServerJudge, certificate_requester, identities_of
+from harness.tls import Identities, ServerJudge, certificate_requester, identities_of
 from harness.web import Route, accept_channel, application, peer_of, serve
-from tests.support.certificates import odd, pem, put_in_place, reissue, until_expired
+from tests.support.certificates import LONG_S, odd, pem, put_in_place, reissue, until_expired
 from tests.support.web_lab import ANYBODY, WAIT_S, Pki, wire
 
 ODD = ("curve", "key algorithm", "signature algorithm")
+SHORT_S = 10.0
+"""Between the making of a certificate and the end of the first handshake with it."""
 BODY = {"reason": "it would have expired"}
 
 
@@ -67,7 +70,9 @@ class Served:
 
 
 @asynccontextmanager
-async def served(pki: Pki, tls: TlsSettings | None = None, *, fault: StoreError | None = None) -> AsyncIterator[Served]:
+async def served(
+    pki: Pki, tls: TlsSettings | None = None, *, fault: StoreError | None = None, clock: Clock = now
+) -> AsyncIterator[Served]:
     tls = tls or pki.tls("provider", Role.PROVIDER_VERIFIER, "server", trusts=("provider", "alice"))
     entries: list[AuditEntry] = []
     ended = asyncio.Event()
@@ -91,7 +96,8 @@ async def served(pki: Pki, tls: TlsSettings | None = None, *, fault: StoreError 
         Route("GET", "/v1/whoami", whoami, roles=ANYBODY),
         Route("GET", "/v1/stream", stream, roles=ANYBODY, deadline_s=None),
     ]
-    app = application("test", routes, identities_of(tls), audit=audit)
+    authorities = {name: load_certificate(path) for name, path in tls.authorities.items()}
+    app = application("test", routes, Identities(authorities, clock=clock), audit=audit)
     async with serve(app, tls, Listen()) as server:
         yield Served(server.url, tls, entries, ended)
 
@@ -412,12 +418,12 @@ async def test_a_client_shows_its_renewed_certificate_in_the_next_call(pki: Pki)
 async def test_an_open_connection_is_refused_when_its_certificate_expires(pki: Pki) -> None:
     """A request on a connection that was made in time is answered 401 after the end, in one sentence."""
     tls = pki.tls("alice")
-    put_in_place(reissue(pki, tls, seconds=3), tls)
-    async with served(pki) as running, wire(tls, running.port) as bare:
+    at = [now()]
+    async with served(pki, clock=lambda: at[0]) as running, wire(tls, running.port) as bare:
         request = b"GET /v1/whoami HTTP/1.1\r\nHost: x\r\n\r\n"
         await bare.send(request)
         assert (await bare.answer())[0] == 200
-        await until_expired(tls)
+        at[0] += datetime.timedelta(days=2)
         await bare.send(request)
         status, _, body = await bare.answer()
         envelope = json.loads(body)
@@ -428,22 +434,22 @@ async def test_an_open_connection_is_refused_when_its_certificate_expires(pki: P
 async def test_a_client_says_that_its_own_certificate_expired_and_works_again_when_renewed(pki: Pki) -> None:
     """No bare TLS alert: file, time and what to type; the renewed file is used without a restart."""
     tls = pki.tls("alice")
-    put_in_place(reissue(pki, tls, seconds=3), tls)
-    async with served(pki) as running, PeerClient(tls, running.url) as client:
+    at = [now()]
+    async with served(pki) as running, PeerClient(tls, running.url, clock=lambda: at[0]) as client:
         await client.get("/v1/whoami")
-        await until_expired(tls)
+        at[0] += datetime.timedelta(days=2)
         with pytest.raises(PeerUnreachable) as caught:
             await client.get("/v1/whoami")
         assert f"our own certificate {tls.certificate} expired at " in caught.value.detail
         assert "harness lab renew" in caught.value.detail
-        put_in_place(reissue(pki, tls), tls)
+        put_in_place(reissue(pki, tls, seconds=4 * LONG_S), tls)
         await client.get("/v1/whoami")
 
 
 async def test_a_channel_ends_with_the_certificate_that_opened_it(pki: Pki) -> None:
     """A WebSocket is one long request: both ends give it up when the certificate has expired."""
     tls = pki.tls("alice")
-    put_in_place(reissue(pki, tls, seconds=3), tls)
+    put_in_place(reissue(pki, tls, seconds=SHORT_S), tls)
     async with served(pki) as running, PeerClient(tls, running.url) as client, asyncio.timeout(WAIT_S):
         async with client.channel("/v1/stream") as channel:
             with contextlib.suppress(PeerUnreachable):
@@ -470,7 +476,7 @@ async def test_a_channel_is_made_anew_before_the_old_certificate_expires(pki: Pk
 async def test_a_server_whose_certificate_expired_is_not_believed_until_it_is_renewed(pki: Pki) -> None:
     """An open connection does not outlive the server's certificate; the renewed file brings the server back."""
     server_tls = pki.tls("provider", Role.PROVIDER_VERIFIER, "server", trusts=("provider", "alice"))
-    put_in_place(reissue(pki, server_tls, seconds=3), server_tls)
+    put_in_place(reissue(pki, server_tls, seconds=SHORT_S), server_tls)
     async with served(pki, server_tls) as running, PeerClient(pki.tls("alice"), running.url) as client:
         await client.get("/v1/whoami")
         await until_expired(server_tls)
