@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from harness.config import HostSite, SiteSettings, TenantSite
     from harness.lab_control import LabControl
     from harness.provider.operator import ProviderOperator
+    from harness.tenant.kept_orders import KeptOrders
     from harness.tenant.operator import TenantOperator
     from harness.tenant.policy import Policy
     from harness.values import AgentId, HostId
@@ -99,6 +100,21 @@ def tenant_of(site: SiteSettings, name: str | None) -> TenantSite:
     if name not in site.tenants:
         raise ConfigError(f"--tenant {name}: this lab has {known}")
     return site.tenants[name]
+
+
+def orders_of(lab: Path | None, site: SiteSettings, tenant: TenantSite) -> KeptOrders:
+    """How guests of a tenant were attested whose re-enrolment is under way: beside its other files in the lab.
+
+    Args:
+        lab: as for `site_of`.
+        site: of the lab.
+        tenant: from `tenant_of`.
+    """
+    from harness.lab_topology import folder_of
+    from harness.tenant.kept_orders import KeptOrders
+
+    name = next(name for name, each in site.tenants.items() if each is tenant)
+    return KeptOrders(folder_of(lab or Path(TOPOLOGY_FILE)) / "t" / name / "orders")
 
 
 def host_of(site: SiteSettings, name: str | None) -> tuple[str, HostSite]:

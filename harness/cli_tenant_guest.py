@@ -44,6 +44,8 @@ Wait = Annotated[
 
 ENDED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED", "TERMINATED"})
 """States that only an operator ends."""
+_HOW = ("guest_policy", "host_policy", "guest_only", "provider_verifier", "every", "interval", "allow_reboots")
+"""Options of `guest add` that say how a guest is attested."""
 _CHECK_OF_CLOCKS = 10
 _POLL_S = 0.2
 
@@ -56,6 +58,7 @@ _POLL_S = 0.2
     ),
 )
 def guest_add(
+    ctx: typer.Context,
     guest: Guest,
     host: OnHost = None,
     payload: Payload = None,
@@ -76,7 +79,8 @@ def guest_add(
 ) -> None:
     """State where a guest runs, wait until it has registered, and put it under attestation.
 
-    Exits 1 when the registrar refuses its vTPM or its agent cannot be believed.
+    A guest whose re-enrolment was interrupted is attested as before, unless options say how. Exits 1 when the registrar
+    refuses its vTPM or its agent cannot be believed.
     """
     from harness.tenant.order import Order
 
@@ -92,10 +96,18 @@ def guest_add(
         provider_quote_interval=every,
     )
 
+    orders = cli_site.orders_of(lab, site, own)
+    stated = any(_is_stated(ctx, name) for name in _HOW)
+
     async def add(operator: TenantOperator) -> None:
         agent_id = await cli_site.guest_of(site, operator, guest, stated=False)
-        await operator.state_guest(agent_id, await _host_for(operator, host))
-        await operator.admit(await operator.registered(agent_id, deadline_s=wait), order)
+        kept = None if stated else orders.of(agent_id, order.payload)
+        if kept is not None:
+            typer.echo(f"{guest} is attested as it was before its re-enrolment", err=True)
+        if kept is None or host is not None:
+            await operator.state_guest(agent_id, await _host_for(operator, host))
+        await operator.admit(await operator.registered(agent_id, deadline_s=wait), kept or order)
+        orders.forget(agent_id)
 
     cli_site.as_tenant(own, add)
 
@@ -210,12 +222,14 @@ def guest_re_enrol(
 
     Reference values, intervals and provider stay what they were; one that was not under attestation gets the site's.
     A payload is handed over anew only with --payload: the old one was sealed for the old keys. The guest's agent
-    notices within a minute that it is to register; when the wait is over go on with `guest add`. Exits 1 when the
-    registrar refuses its vTPM.
+    notices within a minute that it is to register. How it was attested is kept in a file of the lab until it is
+    attested again: when the command ended early, `guest add` or the same command goes on. Exits 1 when the registrar
+    refuses its vTPM.
     """
     site = cli_site.site_of(lab)
     own = cli_site.tenant_of(site, tenant)
     secret = cli_site.read_file(payload, "--payload") if payload else None
+    orders = cli_site.orders_of(lab, site, own)
 
     async def re_enrol(operator: TenantOperator) -> None:
         from harness.console import progress
@@ -225,14 +239,16 @@ def guest_re_enrol(
         target = None if host is None else await cli_site.enrolled_host(operator, host)
         try:
             order = await operator.former_order(agent_id, secret)
+            orders.keep(agent_id, order)
         except NotFound:
-            order = Order(payload=secret, **_site_order(own))
-        await operator.re_enrol_guest(agent_id, reason, host_id=target)
+            order = orders.of(agent_id, secret) or Order(payload=secret, **_site_order(own))
         with contextlib.suppress(NotFound):
             await operator.end_attestation(agent_id, reason)
+        await operator.re_enrol_guest(agent_id, reason, host_id=target)
         with progress(f"waiting for the agent of {guest}, which looks after its registration twice a minute"):
             contact = await operator.registered(agent_id, deadline_s=wait)
         await operator.admit(contact, order)
+        orders.forget(agent_id)
 
     cli_site.as_tenant(own, re_enrol)
 
@@ -244,7 +260,9 @@ def guest_remove(guest: Guest, reason: OptionalReason = None, tenant: Tenant = N
     own = cli_site.tenant_of(site, tenant)
 
     async def remove(operator: TenantOperator) -> None:
-        await operator.remove_guest(await cli_site.guest_of(site, operator, guest), reason)
+        agent_id = await cli_site.guest_of(site, operator, guest)
+        await operator.remove_guest(agent_id, reason)
+        cli_site.orders_of(lab, site, own).forget(agent_id)
 
     cli_site.as_tenant(own, remove)
 
@@ -276,6 +294,12 @@ async def resume_as_it_stopped(
         else:
             return
     await operator.resume(agent_id, reason)
+
+
+def _is_stated(ctx: typer.Context, option: str) -> bool:
+    """Whether an option was given, rather than left as it is by default."""
+    source = ctx.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _site_order(own: TenantSite) -> dict[str, Any]:

@@ -103,12 +103,16 @@ def request_of(contact: GuestContact, order: Order, v: bytes | None) -> dict[str
         order: how.
         v: the verifier's half of the payload's key; None: there is no payload.
     """
+    request = {"cloudagent_ip": contact.ip, "cloudagent_port": contact.port, **terms_of(order)}
+    return request if v is None else {**request, "v": base64.b64encode(v).decode()}
+
+
+def terms_of(order: Order) -> dict[str, object]:
+    """What an order says, without the payload, in the verifier's words; `order_in_force` reads it back."""
     quoted = (order.host_quoted or order.host_policy.selection).banks or _FIRST_PCR.banks
     bank, host_mask = quoted[0]
     guest_mask = (order.guest_quoted or order.guest_policy.selection).mask(GUEST_BANK)
-    request: dict[str, object] = {
-        "cloudagent_ip": contact.ip,
-        "cloudagent_port": contact.port,
+    terms: dict[str, object] = {
         "need_provider_quote": order.provider_verifier is not None,
         "provider_verifier": order.provider_verifier,
         "provider_quote_interval": order.provider_quote_interval,
@@ -123,6 +127,5 @@ def request_of(contact: GuestContact, order: Order, v: bytes | None) -> dict[str
     optional = {
         "round_deadline_s": order.round_deadline_s,
         "clock_unsafe_limit_s": order.clock_unsafe_limit_s,
-        "v": None if v is None else base64.b64encode(v).decode(),
     }
-    return {**request, **{name: value for name, value in optional.items() if value is not None}}
+    return {**terms, **{name: value for name, value in optional.items() if value is not None}}

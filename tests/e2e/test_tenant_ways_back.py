@@ -22,7 +22,7 @@ from harness.errors import AccessDenied, Conflict, MalformedMessage, NotFound, N
 from harness.peer import PeerClient
 from harness.pki import Role
 from harness.tenant.operator import TenantOperator
-from tests.support.tenant_site import WAIT_S, TenantSite, new_tenant_site
+from tests.support.tenant_site import TENANT, WAIT_S, TenantSite, new_tenant_site
 from tests.support.tenant_wire import AGENT
 from tests.support.webhook_receiver import ReceiverLog, receiving
 
@@ -108,7 +108,7 @@ async def test_from_a_changed_kernel_back_to_attested(site: TenantSite) -> None:
 
         trail: Any = await verifier.get("/v1/audit")
         assert [(each["action"], each["who"], each["reason"]) for each in trail["entries"]] == [
-            ("agent-add", WHO, "(not stated)"),
+            ("agent-add", f"{TENANT}/tenant-operator/op", "(not stated)"),
             ("policy-set", WHO, "kernel 6.12"),
             ("resume", WHO, "kernel 6.12 was rolled out"),
             ("alarm-acknowledge", WHO, "expected"),

@@ -12,6 +12,7 @@ import pytest
 
 from harness import cli, cli_exit, cli_site, config
 from harness.errors import HarnessError
+from harness.tenant.order import order_in_force
 
 HOST_ID = "3c5d7a0e-1f0b-8a4c-9d2e-5b6f7a8c9d0e"
 OTHER_HOST_ID = "9b1f0c2d-1f0b-8a4c-9d2e-5b6f7a8c9d0e"
@@ -41,6 +42,20 @@ GUEST: dict[str, Any] = {
     "chain": [],
     "attestation": FAILED,
 }
+TERMS = {
+    "need_provider_quote": True,
+    "provider_verifier": "https://provider:9",
+    "provider_quote_interval": 4,
+    "guest_mask": "0x31",
+    "host_mask": "0x11",
+    "hash_alg": "sha256",
+    "allow_reboots": True,
+    "quote_interval_s": 5.0,
+    "round_deadline_s": 60.0,
+    "clock_unsafe_limit_s": 120.0,
+}
+BEFORE = order_in_force(TERMS, POLICIES, None)
+"""How the guest was attested before its re-enrolment."""
 ALARM = {"id": "r12", "at": 0.0, "kind": "KeyChanged", "agent_id": None, "host_id": HOST_ID, "detail": "another EK"}
 ENTRY = {"at": 0.0, "service": "verifier", "who": "alice/tenant-operator/operator", "action": "resume"}
 
@@ -54,7 +69,7 @@ class Operator:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.refusal: Exception | None = None
-        self.refusals: dict[str, Exception] = {}
+        self.refusals: dict[str, BaseException] = {}
         self.guest_now: dict[str, Any] = GUEST
         self.allowlist = [0, 7]
         self.answers: dict[str, Any] = {}
@@ -69,7 +84,7 @@ class Operator:
             "stated": [self.guest_now],
             "guest": self.guest_now,
             "policy": POLICIES,
-            "former_order": "as before",
+            "former_order": BEFORE,
             "registered": "contact",
             "alarms": [],
             "audit": [],
@@ -80,7 +95,7 @@ class Operator:
 
         async def call(*arguments: Any, **named: Any) -> Any:
             self.asked.append((name, *arguments, *named.values()))
-            refusal = self.refusals.get(name, self.refusal)
+            refusal: BaseException | None = self.refusals.get(name, self.refusal)
             if refusal is not None:
                 raise refusal
             return answers.get(name)
