@@ -85,6 +85,7 @@ def test_a_guest_that_claims_another_guests_key(lab: WaysBack) -> None:
     shutil.copytree(vm1 / "tpm", vm2 / "tpm")
     refused = lab.run("provider", "guest", "start", "vm2")
     assert (refused.returncode != 0, "is certified for guest" in refused.stderr) == (True, True), refused.stderr
+    lab.do("provider", "guest", "stop", "vm2")  # its start would be tried again
     shutil.rmtree(vm2 / "tpm")
     (lab.folder / "own").rename(vm2 / "tpm")
 
@@ -107,9 +108,9 @@ def test_a_guest_that_claims_another_guests_key(lab: WaysBack) -> None:
     lab.settled(*kinds)
 
 
-@raises("ClockWentBack", "HostRebooted")
+@raises("ClockWentBack", "HostRebooted", perhaps=("KeyChanged",))
 def test_a_vtpm_whose_state_was_rolled_back(lab: WaysBack) -> None:
-    """Equal counters with a lower clock stop the guest; a reboot that its operator accepts is a new beginning."""
+    """Equal counters with a lower clock stop the guest; with a new vTPM it begins anew."""
     state, snapshot = lab.state / "h" / "host1" / "guests" / lab.ids["vm1"] / "tpm", lab.folder / "snapshot"
     lab.do("provider", "guest", "stop", "vm1")
     shutil.copytree(state, snapshot)
@@ -121,11 +122,11 @@ def test_a_vtpm_whose_state_was_rolled_back(lab: WaysBack) -> None:
     snapshot.rename(state)
     lab.do("provider", "guest", "start", "vm1")
     lab.stopped("vm1", check=10, error="ClockWentBack")
-    lab.advised("vm1", "alice", "harness provider guest stop")
-    lab.do("provider", "guest", "stop", "vm1")
-    lab.do("provider", "guest", "start", "vm1")
-    lab.act("tenant", "guest", "resume", "vm1", "--tenant", "alice")
-    lab.settled("ClockWentBack", "HostRebooted")
+    lab.advised("vm1", "alice", "harness tenant guest re-enrol vm1")
+    lab.act("provider", "guest", "release", "vm1")
+    lab.new_vtpm("vm1", "alice")
+    lab.act("tenant", "guest", "re-enrol", "vm1", "--tenant", "alice")
+    lab.settled(*lab.alarms("alice"))
 
 
 @raises("QuoteSignatureInvalid", "KeyChanged", perhaps=("CertificateRefused",))
@@ -138,9 +139,7 @@ def test_a_host_whose_keys_were_lost(lab: WaysBack) -> None:
     lab.kill("host1-agent")
     lab.until("the way out", lambda: "tpm2_evictcontrol" in lab.run("lab", "logs", "host1-agent").stdout, 60)
     for handle in (AK_HANDLES["rsa2048"], CA_HANDLE):
-        device = f"swtpm:path={lab.state / 'h' / 'host1' / 't'}"
-        command = ["tpm2_evictcontrol", "-Q", "-T", device, "-c", f"{handle:#x}"]
-        subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True)
+        lab.until("a key removed", lambda handle=handle: _evicted(lab, handle))
     lab.do("lab", "restart", "host1-agent")
     lab.stopped("vm1", "vm2", check=6, error="QuoteSignatureInvalid")
     refused = lab.do("tenant", "host", "add", "--tenant", "alice", code=1)
@@ -156,6 +155,14 @@ def test_a_host_whose_keys_were_lost(lab: WaysBack) -> None:
     kinds = lab.alarms("alice")
     lab.settled(*kinds)
     assert {"QuoteSignatureInvalid", "KeyChanged"} <= set(kinds)
+
+
+def _evicted(lab: WaysBack, handle: int) -> bool:
+    """Removes a persistent key with tpm2-tools; an agent that starts over may have the TPM just then."""
+    device = f"swtpm:path={lab.state / 'h' / 'host1' / 't'}"
+    command = ["tpm2_evictcontrol", "-Q", "-T", device, "-c", f"{handle:#x}"]
+    done = subprocess.run(command, check=False, timeout=60, stdin=subprocess.DEVNULL, capture_output=True)
+    return done.returncode == 0
 
 
 Keys = tuple[bytes, bytes, bytes]
