@@ -29,7 +29,8 @@ from harness.lab_folder import close_folder, remove_sockets, supervisor_socket
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
-from harness.pki import Role
+from harness.pki import Role, load_certificate, now
+from harness.tls import expired
 from harness.unix_client import ask
 
 _START_S = 90.0
@@ -161,7 +162,7 @@ class LabControl:
         while time.monotonic() < until:
             status = await self.status()
             found = next((each for each in (status or {}).get("services", ()) if each["name"] == service), None)
-            if found is not None and found["pid"] is not None and await self._answers(found):
+            if found is not None and found["pid"] is not None and await self._unanswered(found) is None:
                 return int(found["pid"])
             why = (found or {}).get("why") or why
             await asyncio.sleep(_POLL_S)
@@ -181,10 +182,14 @@ class LabControl:
             shown: Sequence[Mapping[str, Any]] = status["services"]
             return shown
 
-        return await lab_ready.broken_services(services, self._answers)
+        return await lab_ready.broken_services(services, self._unanswered)
 
-    async def _answers(self, service: Mapping[str, Any]) -> bool:
-        """Whether a service speaks TLS at its address, or answers at its socket."""
+    async def _unanswered(self, service: Mapping[str, Any]) -> str | None:
+        """Why a service does not speak TLS at its address, or does not answer at its socket; None when it does.
+
+        Raises:
+            ConfigError: our own certificate cannot be used: it will not mend itself.
+        """
         site = config.load(self.folder / SITE_FILE, config.SiteSettings)
         owner, _, part = str(service["name"]).rpartition("-")
         try:
@@ -192,15 +197,16 @@ class LabControl:
                 host = site.hosts[owner]
                 control, op = (host.hardware_control, "status") if part == "tpm" else (host.guest_manager, "list")
                 await ask(control, {"op": op}, deadline_s=_ASK_S)
-                return True
+                return None
             tls = site.tenants[owner].operator if owner in site.tenants else site.provider.operator
+            _check_own(tls)
             async with PeerClient(tls, str(service["url"]), deadline_s=_ASK_S, roles=_SERVERS) as client:
                 await client.get("/version")
         except ConfigError:
-            raise  # of our own files: it will not mend itself
-        except HarnessError:
-            return False
-        return True
+            raise
+        except HarnessError as error:
+            return error.detail
+        return None
 
     async def down(self) -> bool:
         """Ends every process of the lab, also one that is just being started; whether it was up.
@@ -296,6 +302,11 @@ class LabControl:
 
     async def _ask(self, request: Mapping[str, object], deadline_s: float) -> Mapping[str, Any]:
         return await ask(supervisor_socket(self.folder), request, deadline_s=deadline_s)
+
+
+def _check_own(tls: config.TlsSettings) -> None:
+    if (end := load_certificate(tls.certificate).not_valid_after_utc) < now():
+        raise ConfigError(expired(f"our own certificate {tls.certificate}", end))
 
 
 def _nobody_there(error: PeerUnreachable) -> bool:

@@ -33,7 +33,7 @@ Broken = Mapping[str, SimulationError]
 
 async def broken_services(
     services: Callable[[], Awaitable[Services]],
-    answers: Callable[[Mapping[str, Any]], Awaitable[bool]],
+    unanswered: Callable[[Mapping[str, Any]], Awaitable[str | None]],
     *,
     wait_s: float = READY_S,
 ) -> dict[str, SimulationError]:
@@ -41,36 +41,40 @@ async def broken_services(
 
     Args:
         services: the supervisor's view now.
-        answers: whether a service that has a process answers.
+        unanswered: why a service that has a process does not answer; None when it does.
         wait_s: how long one may take that neither answers nor ends.
 
     Raises:
-        HarnessError: what ``services`` or ``answers`` raise.
+        HarnessError: what ``services`` or ``unanswered`` raise.
 
     *Cancellation:* nothing has changed.
     """
     until = time.monotonic() + wait_s
     first: dict[str, int] = {}
-    said: dict[str, str] = {}
+    ended: dict[str, str] = {}
+    silent: dict[str, str] = {}
     broken: dict[str, SimulationError] = {}
-    probes: dict[str, asyncio.Task[bool]] = {}
+    probes: dict[str, asyncio.Task[str | None]] = {}
     ready: set[str] = set()
     try:
         while True:
             shown = {str(service["name"]): service for service in await services()}
             for name, service in shown.items():
-                said[name] = service["why"] or said.get(name, "does not answer")
+                ended |= {name: service["why"]} if service["why"] else {}
                 first.setdefault(name, service["restarts"] - (service["pid"] is None))
                 if service["restarts"] - first[name] >= _ENDS:
-                    broken.setdefault(name, SimulationError(f"{name} {said[name]}"))
+                    broken.setdefault(name, SimulationError(f"{name} {ended.get(name, 'ends again and again')}"))
                 elif service["pid"] is not None and name not in ready and name not in probes:
-                    probes[name] = asyncio.create_task(_answers(answers, service))
-            ready |= {name for name, probe in probes.items() if probe.done() and probe.result()}
+                    probes[name] = asyncio.create_task(_probe(unanswered, service))
+            results = {name: probe.result() for name, probe in probes.items() if probe.done()}
+            ready |= {name for name, trouble in results.items() if trouble is None}
+            silent |= {name: f"does not answer: {trouble}" for name, trouble in results.items() if trouble is not None}
             probes = {name: probe for name, probe in probes.items() if not probe.done()}
             broken |= {name: error for name in shown if (error := _without_tpm(name, broken)) and name not in broken}
             pending = shown.keys() - ready - broken.keys()
             if pending and time.monotonic() > until:
-                broken |= {name: SimulationError(f"{name} {said[name]}") for name in pending}
+                said = {name: ended.get(name) or silent.get(name, "does not run") for name in pending}
+                broken |= {name: SimulationError(f"{name} {text}") for name, text in said.items()}
             elif pending:
                 await asyncio.sleep(_POLL_S)
                 continue
@@ -81,8 +85,10 @@ async def broken_services(
         await asyncio.gather(*probes.values(), return_exceptions=True)
 
 
-async def _answers(answers: Callable[[Mapping[str, Any]], Awaitable[bool]], service: Mapping[str, Any]) -> bool:
-    return await answers(service)
+async def _probe(
+    unanswered: Callable[[Mapping[str, Any]], Awaitable[str | None]], service: Mapping[str, Any]
+) -> str | None:
+    return await unanswered(service)
 
 
 def _without_tpm(name: str, broken: Broken) -> SimulationError | None:

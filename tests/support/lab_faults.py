@@ -89,6 +89,10 @@ class Eye:
             self._offset_s, self._set_at = self._now() - at, at
         return at - self._set_at > _SETTLE_S
 
+    def sees(self, agent_id: str) -> bool:
+        """Whether a look at this guest is of the last second; for a wait after which there are new ones."""
+        return self.saw(agent_id, lambda look: True, self._now() - 1)
+
     async def _watch(self) -> None:
         await asyncio.gather(*(self._tenant(tenant) for tenant in self._site.tenants.values()))
 

@@ -27,8 +27,8 @@ class Supervisor:
             self._ends[name] += 1
         return [self._shown(name) for name in self.names]
 
-    async def answers(self, service: Mapping[str, Any]) -> bool:
-        return service["name"] not in self._silent
+    async def unanswered(self, service: Mapping[str, Any]) -> str | None:
+        return "no answer within 10 s" if service["name"] in self._silent else None
 
     def _shown(self, name: str) -> Mapping[str, Any]:
         if name in self._ends:
@@ -40,7 +40,7 @@ class Supervisor:
 
 
 async def asked(supervisor: Supervisor, wait_s: float = 60.0) -> dict[str, str]:
-    found = await broken_services(supervisor.services, supervisor.answers, wait_s=wait_s)
+    found = await broken_services(supervisor.services, supervisor.unanswered, wait_s=wait_s)
     return {name: error.detail for name, error in found.items()}
 
 
@@ -65,18 +65,18 @@ async def test_an_agent_without_its_tpm_is_told_with_it() -> None:
 async def test_a_silent_service_is_waited_for_until_the_deadline() -> None:
     """One that neither ends nor answers."""
     assert await asked(Supervisor(silent=["alice-verifier"]), wait_s=0.2) == {
-        "alice-verifier": "alice-verifier does not answer"
+        "alice-verifier": "alice-verifier does not answer: no answer within 10 s"
     }
 
 
 async def test_our_own_unusable_files_are_told_at_once() -> None:
     """An operator's certificate that cannot be read is no fault of a service."""
 
-    async def answers(service: Mapping[str, Any]) -> bool:
+    async def unanswered(service: Mapping[str, Any]) -> str | None:
         raise ConfigError("operator.pem: holds no PEM certificate")
 
     with pytest.raises(ConfigError, match=r"operator\.pem"):
-        await broken_services(Supervisor().services, answers)
+        await broken_services(Supervisor().services, unanswered)
 
 
 def test_only_those_who_need_a_service_are_concerned() -> None:
