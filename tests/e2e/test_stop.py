@@ -1,6 +1,7 @@
 """SIGTERM on real processes under load: an orderly end within five seconds, and an answer for everybody who waits.
 
-A service that is not done after `serve.STOP_S` ends with another exit code than 0: the exit code is the clock here.
+A service that is not done after `serve.STOP_S` ends with another exit code than 0: the exit code is the clock here. The
+bound is for a machine that is not busy with other things: a test in which nothing else failed may have a second try.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import pytest
 
 from harness.config import GuestAgentSettings, dump
 from harness.lab_onboarding import Onboarding
-from harness.lab_plan import LabPlan
 from harness.messages import VerifierQuery, parse_json, verifier_query
 from harness.pki import Role
 from harness.protocol import QuoteRequest
@@ -37,6 +37,7 @@ from tests.support.stop_lab import (
     answered_or_closed,
     client,
     crowd,
+    once_more_if_overdue,
     started,
     stop_lab,
     until,
@@ -81,20 +82,24 @@ async def until_quoting(lab: StopLab, waiting: list[asyncio.Task[str]]) -> None:
     assert not any(task.done() for task in waiting)
 
 
-@pytest.fixture
-async def running() -> AsyncIterator[tuple[StopLab, Onboarding, LabPlan]]:
-    async with stop_lab("ifx-slb9665-slow") as made:
-        yield made
+def in_a_lab(test: Callable[[StopLab, Onboarding], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """Gives a test a lab with a slow TPM; where the machine was too slow for it, once more with another one."""
+
+    @once_more_if_overdue
+    async def run() -> None:
+        async with stop_lab("ifx-slb9665-slow") as (lab, operators, _):
+            await test(lab, operators)
+
+    run.__doc__ = test.__doc__
+    return run
 
 
-async def test_services_stop_in_order_while_everybody_waits(
-    running: tuple[StopLab, Onboarding, LabPlan],
-) -> None:
+@in_a_lab
+async def test_services_stop_in_order_while_everybody_waits(lab: StopLab, operators: Onboarding) -> None:
     """Every service of a lab with a slow TPM, one after the other, each with the connections and requests it has.
 
     Idle and half-sent connections are closed, requests in work are answered or closed, and each process ends with 0.
     """
-    lab, operators, _ = running
     host_id = operators.host_ids["host1"]
     tenant, provider = lab.site.tenants["alice"], lab.site.provider
 
@@ -123,9 +128,9 @@ async def test_services_stop_in_order_while_everybody_waits(
     assert await lab.services["host1-tpm"].stopped() == 0
 
 
-async def test_a_host_agent_stops_during_a_batch(running: tuple[StopLab, Onboarding, LabPlan]) -> None:
+@in_a_lab
+async def test_a_host_agent_stops_during_a_batch(lab: StopLab, operators: Onboarding) -> None:
     """SIGTERM while the slow TPM quotes: waiters of this batch and of the next get an answer, streams are closed."""
-    lab, _, _ = running
     tls = lab.files.tls("provider", Role.PROVIDER_VERIFIER, "second", trusts=("provider",))
     url = lab.site.hosts["host1"].agent
     async with AsyncExitStack() as stack:
@@ -147,9 +152,9 @@ async def test_a_host_agent_stops_during_a_batch(running: tuple[StopLab, Onboard
         assert await stopping == 0
 
 
-async def test_a_tpm_that_hangs_keeps_nobody_from_stopping(running: tuple[StopLab, Onboarding, LabPlan]) -> None:
+@in_a_lab
+async def test_a_tpm_that_hangs_keeps_nobody_from_stopping(lab: StopLab, operators: Onboarding) -> None:
     """A quote that never ends: the waiters are released all the same, and host agent and device end in time."""
-    lab, operators, _ = running
     await ask_hardware(lab.site.hosts["host1"].hardware_control, {"op": "faults", "plan": HANG})
     waiting = quotes_through(lab, operators.host_ids["host1"])
     await until_quoting(lab, waiting)
@@ -158,9 +163,9 @@ async def test_a_tpm_that_hangs_keeps_nobody_from_stopping(running: tuple[StopLa
     assert await lab.services["host1-tpm"].stopped() == 0
 
 
-async def test_a_device_stops_while_a_command_hangs(running: tuple[StopLab, Onboarding, LabPlan]) -> None:
+@in_a_lab
+async def test_a_device_stops_while_a_command_hangs(lab: StopLab, operators: Onboarding) -> None:
     """The simulated hardware ends in order although a client still waits for its answer."""
-    lab, operators, _ = running
     await ask_hardware(lab.site.hosts["host1"].hardware_control, {"op": "faults", "plan": HANG})
     waiting = quotes_through(lab, operators.host_ids["host1"])
     await until_quoting(lab, waiting)
@@ -170,9 +175,9 @@ async def test_a_device_stops_while_a_command_hangs(running: tuple[StopLab, Onbo
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def test_a_guest_manager_ends_with_its_guests(running: tuple[StopLab, Onboarding, LabPlan]) -> None:
+@in_a_lab
+async def test_a_guest_manager_ends_with_its_guests(lab: StopLab, operators: Onboarding) -> None:
     """A manager that is told to stop while it manufactures a vTPM ends with 0, and no guest of it is left."""
-    lab, _, _ = running
     manager = lab.site.hosts["host1"].guest_manager
     listed = await ask(manager, {"op": "list"}, deadline_s=30)
     assert [domain["state"] for domain in listed["domains"]] == ["running"]  # type: ignore[attr-defined]
@@ -180,6 +185,7 @@ async def test_a_guest_manager_ends_with_its_guests(running: tuple[StopLab, Onbo
     assert left_by(lab.site.hosts["host1"].guests) == {}
 
 
+@once_more_if_overdue
 async def test_a_guest_agent_stops_while_it_registers_and_quotes(tmp_path: Path) -> None:
     """A registrar that is not there, open connections and a quote in work do not hold it."""
     async with new_tenant_site() as site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import requirements
+from tests.support.stop_lab import Overdue, once_more_if_overdue
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,34 @@ def test_what_a_test_may_need_is_required_in_full_runs(file: str) -> None:
     needed = {marker.partition(":")[0].removeprefix("needs_") for marker in markers if marker.startswith("needs_")}
     lists = re.findall(r"HARNESS_REQUIRE *= *(\S+)", (ROOT / file).read_text(encoding="utf-8"))
     assert needed <= requirements.required({"HARNESS_REQUIRE": lists[0]})
+
+
+@pytest.mark.parametrize(
+    ("ends", "runs", "fault"),
+    [
+        ([None], 1, None),
+        ([Overdue("late"), None], 2, None),
+        ([Overdue("late"), Overdue("late")], 2, Overdue),
+        ([AssertionError("wrong"), None], 1, AssertionError),
+    ],
+)
+async def test_a_stop_that_is_overdue_has_a_second_try(
+    ends: list[Exception | None], runs: int, fault: type[Exception] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, with what was late in the report; nothing else that fails has one."""
+    ran: list[int] = []
+
+    @once_more_if_overdue
+    async def test() -> None:
+        ran.append(len(ran))
+        end = ends[ran[-1]]
+        if end is not None:
+            raise end
+
+    with contextlib.nullcontext() if fault is None else pytest.raises(fault):
+        await test()
+    assert len(ran) == runs
+    assert ("once more: late" in capsys.readouterr().out) == (runs == 2)
 
 
 def test_the_rng_of_a_test_follows_from_its_name_and_the_seed(
