@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from harness import audit_store, events
 from harness.audit import AuditEntry
-from harness.errors import Conflict, HarnessError
+from harness.errors import Conflict, HarnessError, StoreError
 from harness.store import Store
 from harness.tenant.ports import Alarm, Progress, Reboot
 from harness.tenant.progress_text import decode_progress, decode_seen, encode_progress, encode_seen
@@ -73,7 +73,10 @@ class VerifierStore:
     async def load(self) -> list[StoredAgent]:
         """Reads everything; called once, before the first session. Active agents come back as SAVED.
 
-        A row that cannot be read is an event and is left out: it must not keep the others from being attested.
+        An agent's row that cannot be read is an event and is left out: it must not keep the others from being attested.
+
+        Raises:
+            StoreError: the clock of a key cannot be read.
         """
         async with self._store.begin() as session:
             for row in await session.scalars(select(Baseline)):
@@ -248,9 +251,16 @@ def _stored(row: Agent) -> StoredAgent | None:
 
 
 def _baseline(row: Baseline) -> ClockBaseline:
+    try:
+        clock, firmware_version = int(row.clock), int(row.firmware_version)
+    except ValueError as error:  # left out, it would be a first use: nothing may be believed then
+        raise StoreError(
+            f"the clock of key {row.ak_name.hex()} in the verifier's database is damaged; `harness db restore` brings"
+            " back a backup"
+        ) from error
     return ClockBaseline(
-        clock=int(row.clock),
+        clock=clock,
         reset_count=row.reset_count,
         restart_count=row.restart_count,
-        firmware_version=int(row.firmware_version),
+        firmware_version=firmware_version,
     )

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from harness.audit import AuditEntry
 from harness.errors import Conflict, StoreError
@@ -19,7 +19,7 @@ from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.ports import Alarm, PastVerdict, Progress, Reboot, Seen
 from harness.tenant.snapshots import decode_snapshot, encode_snapshot
 from harness.tenant.states import ACTIVE, State
-from harness.tenant.tables import SCHEMA, Base
+from harness.tenant.tables import SCHEMA, Base, Baseline
 from harness.tenant.verifier_store import StoredAgent, VerifierStore
 from harness.values import AgentId, ClockBaseline, HashAlg, HostId
 
@@ -28,6 +28,8 @@ OTHER = AgentId(uuid.UUID(int=8 << 64))
 AK = b"\x00\x0b" + bytes(32)
 ALARM = Alarm(kind="HostRebooted", agent_id=AGENT, host_id="h", detail="host: reset")
 BASE = ClockBaseline(clock=100, reset_count=4_000_000_000, restart_count=1, firmware_version=(1 << 64) - 1)
+ADDED = AuditEntry(at=8.0, who="alice/tenant-operator/op", action="agent-add", subject=str(AGENT), reason="a new guest")
+ENTRY = AuditEntry(at=9.0, who="alice/tenant-operator/op", action="resume", subject=str(AGENT), reason="kernel update")
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ async def test_progress_survives_a_restart(database: Store) -> None:
     """All members come back; the state of a stopped session too."""
     records = await again(database)
     agent = stored()
-    await records.add(agent)
+    await records.add(agent, ADDED)
     progress = Progress(
         state=State.INVALID_QUOTE,
         rounds=3,
@@ -133,7 +135,7 @@ async def test_progress_survives_a_restart(database: Store) -> None:
 async def test_an_agent_that_was_active_comes_back_saved(database: Store, state: State) -> None:
     """A killed verifier forgets the round that was under way."""
     records = await again(database)
-    await records.add(stored(state))
+    await records.add(stored(state), ADDED)
     [loaded] = await VerifierStore(database, lambda: 0.0).load()
     assert loaded.progress.state is State.SAVED
 
@@ -142,7 +144,7 @@ async def test_v_is_removed_with_its_delivery(database: Store) -> None:
     """The half of the key does not lie around longer than it must."""
     records = await again(database)
     agent = stored()
-    await records.add(agent)
+    await records.add(agent, ADDED)
     await records.save(AGENT, replace(agent.progress, rounds=1))
     assert (await VerifierStore(database, lambda: 0.0).load())[0].v == agent.v
     await records.save(AGENT, replace(agent.progress, v_released=True))
@@ -159,9 +161,9 @@ async def test_v_is_in_no_repr() -> None:
 async def test_an_agent_is_added_once_and_removed(database: Store) -> None:
     """A second add is a conflict; a late save of a removed agent does not bring it back."""
     records = await again(database)
-    await records.add(stored())
+    await records.add(stored(), ADDED)
     with pytest.raises(Conflict):
-        await records.add(stored())
+        await records.add(stored(), ADDED)
     await records.remove(AGENT, ENTRY)
     await records.save(AGENT, Progress(state=State.FAILED))
     assert await VerifierStore(database, lambda: 0.0).load() == []
@@ -170,7 +172,7 @@ async def test_an_agent_is_added_once_and_removed(database: Store) -> None:
 async def test_alarms_of_sessions_reach_the_operators_list(database: Store) -> None:
     """A finding and its alarm are stored together; verifier and registrar may share a database."""
     records = await again(database)
-    await records.add(stored())
+    await records.add(stored(), ADDED)
     await records.save(AGENT, Progress(state=State.INVALID_QUOTE), ALARM)
     [record] = await AlarmStore(database).alarms()
     assert (record.at, record.alarm) == (9.0, ALARM)
@@ -178,7 +180,7 @@ async def test_alarms_of_sessions_reach_the_operators_list(database: Store) -> N
 
 async def test_a_row_of_the_first_version_is_read(database: Store) -> None:
     """Progress without verdicts, and without values seen, as it was written before there were any."""
-    await (await again(database)).add(stored())
+    await (await again(database)).add(stored(), ADDED)
     first = {
         "state": 7, "v_released": True, "rounds": 3, "last_success": 5.5, "host_baseline": None,
         "layer": "host", "failed_check": None, "error": "NotYourGuest", "detail": "no",
@@ -206,21 +208,18 @@ async def test_a_row_of_the_first_version_is_read(database: Store) -> None:
 async def test_a_row_that_nobody_of_ours_wrote_is_left_out(database: Store, column: str, value: str | int) -> None:
     """It is no session, and keeps no other one from being loaded."""
     records = await again(database)
-    await records.add(stored())
-    await records.add(replace(stored(), agent_id=OTHER))
+    await records.add(stored(), ADDED)
+    await records.add(replace(stored(), agent_id=OTHER), ADDED)
     async with database.begin() as session:
         names: dict[str, str | int] = {"value": value, "id": str(AGENT)}
         await session.execute(text(f"UPDATE agents SET {column} = :value WHERE agent_id = :id"), names)  # noqa: S608
     assert [loaded.agent_id for loaded in await VerifierStore(database, lambda: 0.0).load()] == [OTHER]
 
 
-ENTRY = AuditEntry(at=9.0, who="alice/tenant-operator/op", action="resume", subject=str(AGENT), reason="kernel update")
-
-
 async def test_a_reboot_that_the_operator_accepts_is_stored_with_its_entry(database: Store) -> None:
     """Baseline, progress and audit entry are one transaction."""
     records = await again(database)
-    await records.add(stored(State.INVALID_QUOTE))
+    await records.add(stored(State.INVALID_QUOTE), ADDED)
     await records.raise_clock(AK, BASE)
     new = replace(BASE, reset_count=5, clock=1)
     reboot = Reboot(ak_name=AK, old=BASE, new=new)
@@ -228,13 +227,13 @@ async def test_a_reboot_that_the_operator_accepts_is_stored_with_its_entry(datab
     restarted = VerifierStore(database, lambda: 9.0)
     assert [agent.progress.state for agent in await restarted.load()] == [State.SAVED]
     assert await restarted.baseline(AK) == await records.baseline(AK) == new
-    assert await AlarmStore(database).audit() == [ENTRY]
+    assert await AlarmStore(database).audit() == [ADDED, ENTRY]
 
 
 async def test_a_second_agent_accepts_the_same_reboot_and_lowers_no_clock(database: Store) -> None:
     """Another agent's operator was first, and rounds went on: the higher clock of the new run stays."""
     records = await again(database)
-    await records.add(stored(State.INVALID_QUOTE))
+    await records.add(stored(State.INVALID_QUOTE), ADDED)
     risen, refused = replace(BASE, reset_count=5, clock=900), replace(BASE, reset_count=5, clock=800)
     await records.raise_clock(AK, risen)
     reboot = Reboot(ak_name=AK, old=BASE, new=refused)
@@ -245,7 +244,7 @@ async def test_a_second_agent_accepts_the_same_reboot_and_lowers_no_clock(databa
 async def test_a_reboot_that_was_overtaken_is_not_accepted(database: Store) -> None:
     """The stored counters are a third reboot's: nothing changes, neither the agent nor the trail."""
     records = await again(database)
-    await records.add(stored(State.INVALID_QUOTE))
+    await records.add(stored(State.INVALID_QUOTE), ADDED)
     third = replace(BASE, reset_count=6)
     await records.raise_clock(AK, third)
     reboot = Reboot(ak_name=AK, old=BASE, new=replace(BASE, reset_count=5))
@@ -254,7 +253,7 @@ async def test_a_reboot_that_was_overtaken_is_not_accepted(database: Store) -> N
     assert [agent.progress.state for agent in await VerifierStore(database, lambda: 9.0).load()] == [
         State.INVALID_QUOTE
     ]
-    assert await AlarmStore(database).audit() == []
+    assert await AlarmStore(database).audit() == [ADDED]
     assert await records.baseline(AK) == third
 
 
@@ -278,3 +277,14 @@ def test_a_snapshot_of_somebody_else_is_refused(row: str) -> None:
     """A row that this program did not write is an error, not a half-empty snapshot."""
     with pytest.raises(StoreError):
         decode_snapshot(row)
+
+
+@pytest.mark.parametrize("member", ["clock", "firmware_version"])
+async def test_a_damaged_clock_is_no_first_use(database: Store, member: str) -> None:
+    """Without the clock that was believed last nothing is believed: one sentence, with the way back."""
+    records = await again(database)
+    await records.raise_clock(AK, BASE)
+    async with database.begin() as session:
+        await session.execute(update(Baseline).values({member: "no number"}))
+    with pytest.raises(StoreError, match="clock of key 000b0000.* is damaged; `harness db restore`"):
+        await again(database)
