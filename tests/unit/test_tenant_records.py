@@ -286,5 +286,5 @@ async def test_a_damaged_clock_is_no_first_use(database: Store, member: str) -> 
     await records.raise_clock(AK, BASE)
     async with database.begin() as session:
         await session.execute(update(Baseline).values({member: "no number"}))
-    with pytest.raises(StoreError, match="clock of key 000b0000.* is damaged; `harness db restore`"):
+    with pytest.raises(StoreError, match=r"clock of key 000b0000.* is damaged; `harness db restore`"):
         await again(database)
