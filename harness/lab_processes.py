@@ -25,6 +25,8 @@ import select
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -69,6 +71,8 @@ class ServiceProcess:
         self._config = config
         self._process: BaseProcess | None = None
         self._pidfd: int | None = None
+        self._lock = threading.Lock()
+        """Of the descriptor: a start, in another thread, closes the one before it."""
 
     def start(self, sock: socket.socket | None = None) -> None:
         """Forks the service, also after it has ended; it gets a duplicate of the socket.
@@ -99,7 +103,8 @@ class ServiceProcess:
     @property
     def running(self) -> bool:
         """Whether the process was started and has not ended."""
-        return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
+        with self._lock:
+            return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
 
     @property
     def exit_code(self) -> int | None:
@@ -123,49 +128,68 @@ class ServiceProcess:
 
         *Cancellation:* the process goes on.
         """
-        if self._pidfd is not None:
-            await _readable(self._pidfd)
-            with contextlib.suppress(TimeoutError):  # the parent that forked it tells its code a moment later, or never
-                async with asyncio.timeout(_REPORT_S):
-                    while self.exit_code is None:  # noqa: ASYNC110 - multiprocessing has no more than a poll
-                        await asyncio.sleep(_POLL_S)
+        with self._watched() as own:
+            if own is not None:
+                await _readable(own)
+                with contextlib.suppress(
+                    TimeoutError
+                ):  # the parent that forked it tells its code a moment later, or never
+                    async with asyncio.timeout(_REPORT_S):
+                        while self.exit_code is None:  # noqa: ASYNC110 - multiprocessing has no more than a poll
+                            await asyncio.sleep(_POLL_S)
         return self.exit_code
 
     async def stop(self, deadline_s: float = _STOP_S) -> None:
         """Asks the service to end (SIGTERM), insists when that takes too long (SIGKILL), and waits for its end.
 
+        What is started again meanwhile is another process, and left alone.
+
         *Cancellation:* the process is killed.
         """
-        if self._pidfd is None:
-            return
-        try:
-            self._signal(signal.SIGTERM)
-            async with asyncio.timeout(deadline_s):
-                await _readable(self._pidfd)
-        except TimeoutError:
-            pass
-        finally:
-            self._signal(signal.SIGKILL)
-        await _readable(self._pidfd)
+        with self._watched() as own:
+            if own is None:
+                return
+            try:
+                _signal(own, signal.SIGTERM)
+                async with asyncio.timeout(deadline_s):
+                    await _readable(own)
+            except TimeoutError:
+                pass
+            finally:
+                _signal(own, signal.SIGKILL)
+            await _readable(own)
 
     async def kill(self) -> None:
         """Kills the service, and waits for its end; does nothing when it does not run.
 
         *Cancellation:* the process is killed.
         """
-        self._signal(signal.SIGKILL)
-        if self._pidfd is not None:
-            await _readable(self._pidfd)
+        with self._watched() as own:
+            if own is not None:
+                _signal(own, signal.SIGKILL)
+                await _readable(own)
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[int | None]:
+        """A descriptor of our own of the process that runs now: a start in another thread closes the one it knows."""
+        with self._lock:
+            own = None if self._pidfd is None else os.dup(self._pidfd)
+        try:
+            yield own
+        finally:
+            if own is not None:
+                os.close(own)
 
     def _forget(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-        self._pidfd, self._process = None, None
+        with self._lock:
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+            self._pidfd, self._process = None, None
+
+
+def _signal(pidfd: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
 
 
 async def _readable(descriptor: int) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from harness import config
 from harness.errors import ConfigError, NotFound, SimulationError
+from harness.lab_processes import ServiceProcess
 from harness.lab_record import LabRecord
 from harness.lab_site import ServiceFile
 from harness.lab_supervision import Supervision
@@ -227,3 +229,44 @@ async def test_a_parent_that_hangs_is_given_up(
     os.kill(first, signal.SIGKILL)
     await until(lambda: pid_of(supervision) not in (None, first), "restarted")
     assert forkserver._forkserver._forkserver_pid != parent  # type: ignore[attr-defined]
+
+
+async def test_a_stop_ends_only_the_process_that_ran(folder: Path) -> None:
+    """One that was started again before the stop had noticed the end of its own is left alone."""
+    service = registrar(folder)
+    process = ServiceProcess(service.name, service.service, service.config, folder / "registrar.log")
+    process.start()
+    first = process.pid
+    assert first is not None
+    try:
+        stopping = asyncio.create_task(process.stop())
+        await asyncio.sleep(0)  # it has sent its signal, and waits
+        give_up = time.monotonic() + _DEADLINE_S
+        while alive(first):  # without the event loop, which must not notice
+            assert time.monotonic() < give_up
+            time.sleep(0.01)  # noqa: ASYNC251
+        process.start()
+        await stopping
+        assert process.running
+        assert process.pid not in (None, first)
+    finally:
+        await process.kill()
+
+
+async def test_a_process_can_be_looked_at_while_it_is_started_again(folder: Path) -> None:
+    """Its status and its start are in different threads."""
+    service = registrar(folder)
+    process = ServiceProcess(service.name, service.service, service.config, folder / "registrar.log")
+
+    def starts() -> None:
+        for _ in range(20):
+            process.start()
+            os.kill(process.pid or 0, signal.SIGKILL)
+
+    starting = asyncio.create_task(asyncio.to_thread(starts))
+    while not starting.done():
+        for _ in range(1000):
+            assert process.running in {True, False}
+        await asyncio.sleep(0)
+    await starting
+    await process.kill()
