@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.config import SiteSettings
-from harness.errors import DeadlineExceeded, EnrolmentError, HarnessError, NotFound, SimulationError
+from harness.errors import AccessDenied, DeadlineExceeded, EnrolmentError, HarnessError, NotFound, SimulationError
 from harness.lab_decoy import Decoy
 from harness.lab_outcome import GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan
@@ -50,6 +50,7 @@ _ENROLMENT_S = 120.0
 _GUEST_S = 90.0
 _VERDICT_S = 120.0
 _SOON_S = 30.0
+_ALLOWED_S = 10.0
 _POLL_S = 0.05
 _PARALLEL = 8
 _ENDED = frozenset(state.name for state in STOPPED)
@@ -163,7 +164,10 @@ class Onboarding:
             url = self._site.tenants[tenant].provider_verifier
             for host_id in missing:
                 # The provider verifier learns of a new tenant and its allowlist within a second of the onboarding.
-                await self.patiently(lambda host_id=host_id: operator.add_host(f"{url}/v1/hosts/{host_id}"))  # type: ignore[misc]
+                await self.patiently(
+                    lambda host_id=host_id: operator.add_host(f"{url}/v1/hosts/{host_id}"),  # type: ignore[misc]
+                    refused_s=_ALLOWED_S,
+                )
         stated = {str(guest["agent_id"]) for guest in await operator.guests()}
         for guest in self._plan.guests:
             if guest.tenant == tenant and guest.host in self._hosts and str(guest.agent_id) not in stated:
@@ -350,14 +354,18 @@ class Onboarding:
         self._stack.push_async_callback(client.close)
         return client
 
-    async def patiently(self, act: Callable[[], Awaitable[T]], *, until_found: bool = True) -> T:
-        """Result of a call to a service that may just be starting."""
-        until = time.monotonic() + self._wait_s
+    async def patiently(
+        self, act: Callable[[], Awaitable[T]], *, until_found: bool = True, refused_s: float = 0.0
+    ) -> T:
+        """Result of a call to a service that may just be starting, or may learn only now that the call is allowed."""
+        began = time.monotonic()
+        until = began + self._wait_s
         while True:
             try:
                 return await act()
             except HarnessError as error:
                 again = error.retryable or (until_found and isinstance(error, NotFound))
+                again = again or (isinstance(error, AccessDenied) and time.monotonic() < began + refused_s)
                 if not again or time.monotonic() > until:
                     raise
                 await asyncio.sleep(2 * _POLL_S)
