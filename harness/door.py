@@ -18,6 +18,7 @@ Spec: RFC 8446, 6.2 (alerts); CVE-2023-38200 (one open TLS connection blocked a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -48,6 +49,22 @@ class Bounds:
     idle_s: float = 75.0
 
 
+async def _accepted(listening: socket.socket) -> socket.socket:
+    """The next connection. A loop's own `sock_accept` loses one that comes in the moment in which it is cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            connection, _ = listening.accept()
+            connection.setblocking(False)
+            return connection
+        comes = asyncio.Event()
+        loop.add_reader(listening, comes.set)
+        try:
+            await comes.wait()
+        finally:
+            loop.remove_reader(listening)
+
+
 class Door:
     """Accepts connections.
 
@@ -75,11 +92,10 @@ class Door:
 
         *Cancellation:* handshakes end; connections that are open stay open.
         """
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as handshakes:
             while True:
                 try:
-                    connection, _ = await loop.sock_accept(listening)
+                    connection = await _accepted(listening)
                 except OSError as error:  # out of file descriptors, or gone again
                     self._report("not_accepted", str(error))
                     await asyncio.sleep(_ACCEPT_AGAIN_S)
