@@ -124,9 +124,10 @@ class LengthField:
 EK_LENGTHS = [LengthField("size", 0), LengthField("authPolicy", 10), LengthField("modulus", 58)]
 AK_LENGTHS = [LengthField("size", 0), LengthField("authPolicy", 10), LengthField("x", 22), LengthField("y", 56)]
 LENGTHS = [("ek_tpm", EK, field) for field in EK_LENGTHS] + [("aik_tpm", AK, field) for field in AK_LENGTHS]
+LENGTH_NAMES = [f"{member} {field.name}" for member, _, field in LENGTHS]  # the keys are others in each run
 
 
-@pytest.mark.parametrize(("member", "data", "field"), LENGTHS)
+@pytest.mark.parametrize(("member", "data", "field"), LENGTHS, ids=LENGTH_NAMES)
 def test_the_table_of_length_fields_is_right(member: str, data: bytes, field: LengthField) -> None:
     """Each offset holds the length that the structure says it does."""
     expected = {"size": len(data) - 2, "authPolicy": 32 if member == "ek_tpm" else 0, "modulus": 256, "x": 32, "y": 32}
@@ -134,7 +135,7 @@ def test_the_table_of_length_fields_is_right(member: str, data: bytes, field: Le
 
 
 @pytest.mark.parametrize("difference", [-1, 1, 256, 0xFFFF])
-@pytest.mark.parametrize(("member", "data", "field"), LENGTHS)
+@pytest.mark.parametrize(("member", "data", "field"), LENGTHS, ids=LENGTH_NAMES)
 def test_a_wrong_length_field_is_malformed(member: str, data: bytes, field: LengthField, difference: int) -> None:
     """Never an exception of the parser's inside, and never another key."""
     wrong = bytearray(data)
@@ -144,7 +145,7 @@ def test_a_wrong_length_field_is_malformed(member: str, data: bytes, field: Leng
         parse_registration(body(**{member: b64(bytes(wrong))}))
 
 
-@pytest.mark.parametrize(("member", "data"), [("ek_tpm", EK), ("aik_tpm", AK)])
+@pytest.mark.parametrize(("member", "data"), [("ek_tpm", EK), ("aik_tpm", AK)], ids=["ek_tpm", "aik_tpm"])
 def test_a_structure_that_is_cut_anywhere_is_malformed(member: str, data: bytes) -> None:
     """At every byte, with the outer length as it was and with one that fits."""
     for end in range(len(data)):
@@ -155,7 +156,7 @@ def test_a_structure_that_is_cut_anywhere_is_malformed(member: str, data: bytes)
                 parse_registration(body(**{member: b64(sized(data[2:end]))}))
 
 
-@pytest.mark.parametrize(("member", "data"), [("ek_tpm", EK), ("aik_tpm", AK)])
+@pytest.mark.parametrize(("member", "data"), [("ek_tpm", EK), ("aik_tpm", AK)], ids=["ek_tpm", "aik_tpm"])
 def test_trailing_bytes_are_malformed(member: str, data: bytes) -> None:
     """Behind the structure, and inside its size."""
     for wrong in (data + b"\x00", sized(data[2:] + b"\x00")):

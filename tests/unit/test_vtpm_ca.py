@@ -128,7 +128,7 @@ BAD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", BAD, ids=lambda changes: ascii(changes)[:24])
+@pytest.mark.parametrize("changes", BAD, ids=range(len(BAD)))
 def test_a_malformed_request_is_refused(changes: dict[str, Any]) -> None:
     """Unknown type, no EK of swtpm, no UUID: nothing of it is guessed."""
     with pytest.raises(MalformedMessage):
