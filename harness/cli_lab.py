@@ -53,12 +53,18 @@ def up(
     from harness import console
     from harness.lab_up import up as bring_up
 
-    result = asyncio.run(bring_up(cli_site.topology_of(lab), fresh=fresh))
+    try:
+        result = asyncio.run(bring_up(cli_site.topology_of(lab), fresh=fresh))
+    except KeyboardInterrupt:
+        console.say("interrupted; what was started goes on: `harness lab up` completes it, `harness lab down` ends it")
+        raise
     if as_json:
         console.print_json(result.as_json())
         raise typer.Exit(0 if result.attested else 1)
     for what in result.removed:
         console.say(f"removed: {what}")
+    for remark in result.remarks:
+        console.say(remark)
     rows = [
         (guest.name, guest.tenant, *cli_lab_acts.verdict(guest.accepted, guest.error, guest.detail))
         for guest in result.outcomes

@@ -98,7 +98,7 @@ class LabControl:
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "harness.lab_supervisor", str(self.folder), str(topology)],
+                [sys.executable, "-P", "-m", "harness.lab_supervisor", str(self.folder), str(topology)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

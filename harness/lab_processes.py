@@ -42,6 +42,7 @@ _REPORT_S, _POLL_S = 0.5, 0.01
 
 def warm_up() -> None:
     """Starts the preloaded parent, so that it loads while the caller still does other things."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # nor does it import what happens to lie in the folder where a person stands
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     forkserver.ensure_running()
 

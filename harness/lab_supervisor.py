@@ -14,6 +14,7 @@ until it is told to stop. On ``L/run/s`` it takes one JSON object per line and a
 Invariants:
     1. One supervisor works on a folder: the kernel's lock on ``L/run`` ends with its process, however that ends.
     2. When the supervisor ends, so does every process of the lab (`lab_processes`, invariant 1).
+    3. A lab whose folder is removed ends: no command would reach it.
 
 Owner: itself.
 
@@ -47,6 +48,7 @@ from harness.unix_server import UnixServer
 _LINE_LIMIT = 64 * 1024
 _LOCK_S = 15.0
 _POLL_S = 0.1
+_LOOK_S = 2.0
 _OPERATIONS = "status, apply (topology), restart (service), power_cycle (host), replace_tpm (host, replaced), down"
 
 
@@ -83,18 +85,36 @@ class Supervisor:
             events.configure("supervisor", files.log("supervisor"), streams=True)
             self._supervision = Supervision(files.log)
             server = UnixServer(short / SUPERVISOR_SOCKET, self._serve)
+            watching: asyncio.Task[None] | None = None
             try:
                 await self._supervision.apply(files.services())
                 files.site()
                 await server.start()
                 self._say({"ready": os.getpid()})
+                watching = asyncio.create_task(self._watch_folder())
                 await self._ended.wait()
             finally:
+                if watching is not None:
+                    watching.cancel()
                 await self._supervision.stop()
                 await server.stop()
                 remove_sockets(self._folder)  # a hardware TPM that was ended while it started leaves its swtpm's
                 close_folder(self._folder)
                 events.emit("stopped")
+
+    async def _watch_folder(self) -> None:
+        """Ends the lab when its folder is removed: no command would reach it any more."""
+        run = self._folder / "run"
+        inode = run.stat().st_ino
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                gone = run.stat().st_ino != inode
+            except OSError:
+                gone = True
+            if gone:
+                events.emit("folder_removed", level="error", detail=f"{self._folder} is gone: the lab in it ends")
+                self._ended.set()
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         while line := await reader.readline():

@@ -13,6 +13,7 @@ Spec: DESIGN 6.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from harness.lab_outcome import LAB, GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan, plan_of, settings_of
 from harness.lab_ready import Broken, check_provider, concerned
 from harness.lab_record import LabRecord
+from harness.lab_replacement import FILE as REPLACING
 from harness.lab_site import LabSite
 from harness.lab_topology import SITE_FILE, folder_of, load_topology
+from harness.sim.control import ask as ask_hardware
 
 _REASON = "no longer in the lab's topology"
 
@@ -42,6 +45,7 @@ class UpResult:
         folder: of the lab.
         changed: whether anything was started, added or removed.
         removed: what was removed.
+        remarks: what else was changed, and what is not as the topology says, one sentence each.
         outcomes: one per guest.
         seconds: that it took.
     """
@@ -49,6 +53,7 @@ class UpResult:
     folder: Path
     changed: bool
     removed: Sequence[str]
+    remarks: Sequence[str]
     outcomes: Sequence[GuestOutcome]
     seconds: float
 
@@ -63,6 +68,7 @@ class UpResult:
             "attested": self.attested,
             "changed": self.changed,
             "removed": list(self.removed),
+            "remarks": list(self.remarks),
             "guests": [
                 {**outcome.as_json(), "name": outcome.name, "attested": outcome.accepted, "detail": outcome.detail}
                 for outcome in self.outcomes
@@ -124,6 +130,7 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
         folder=control.folder,
         changed=changed or admitted or bool(removed) or bool(change.other_allowlist),
         removed=removed,
+        remarks=[*change.remarks, *await _remarks(files)],
         outcomes=outcomes,
         seconds=round(time.monotonic() - began, 1),
     )
@@ -136,6 +143,34 @@ class _Change:
     other_allowlist: frozenset[str] = frozenset()
     other_order: frozenset[str] = frozenset()
     made_anew: frozenset[str] = frozenset()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was brought into force, for people."""
+        return [
+            *(f"tenant {name}: another allowlist is in force" for name in sorted(self.other_allowlist)),
+            *(f"tenant {name}: its guests are attested as it says now" for name in sorted(self.other_order)),
+            *(f"guest {name}: was made anew" for name in sorted(self.made_anew)),
+        ]
+
+
+async def _remarks(files: LabSite) -> list[str]:
+    """What is not as the topology says, and what leads there."""
+    found = []
+    for host in files.plan.hosts:
+        if (files.folder / "h" / host.name / REPLACING).exists():
+            found.append(
+                f"host {host.name}: the replacement of its TPM is not complete;"
+                f" `harness lab replace-tpm {host.name} --reason TEXT` goes on with it"
+            )
+        with contextlib.suppress(HarnessError):  # a host that is away is told otherwise
+            status = await ask_hardware(files.host(host.name).hardware_control, {"op": "status"})
+            if status["scenario"] != (wanted := Path(host.scenario).stem):
+                found.append(
+                    f"host {host.name}: booted {status['scenario']}, and the topology says {wanted};"
+                    f" `harness lab power-cycle {host.name} --scenario {host.scenario}` boots that"
+                )
+    return found
 
 
 def _change(topology: Path, applied: Mapping[str, Any], record: LabRecord | None) -> _Change:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from harness.lab_folder import short_name
 from tests.support import design_client
-from tests.support.processes import left_by
+from tests.support.processes import left_by, processes_of
 from tests.support.running_lab import TOPOLOGY, RunningLab, running_lab
 
 pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
@@ -158,7 +159,11 @@ def test_changed_settings_are_brought_into_force(lab: RunningLab) -> None:
     assert "15" not in json.dumps(seen["bob"])
     assert not lab.up()["changed"]
     lab.write(TOPOLOGY)
-    assert lab.up()["changed"]
+    shown = lab.up()
+    assert (shown["changed"], sorted(shown["remarks"])) == (
+        True,
+        ["tenant bob: another allowlist is in force", "tenant bob: its guests are attested as it says now"],
+    )
     assert lab.attestations()["bob-vm1"]["allow_reboots"]
     assert lab.pids() == before
 
@@ -256,6 +261,19 @@ def test_a_fresh_lab_has_other_keys_and_a_deep_folder_works() -> None:
             lab.run("lab", "down")
         assert left_by(lab.state) == {}
         assert not short_name(lab.state).is_symlink()
+
+
+def test_a_lab_whose_folder_is_removed_ends() -> None:
+    """No command would reach it any more: the supervisor ends every process, and says so in nobody's way."""
+    with tempfile.TemporaryDirectory(prefix="hl") as name:
+        lab = RunningLab(Path(name), "hosts: {h: {chip: swtpm}}")
+        lab.up()
+        supervisor = lab.supervisor()["pid"]
+        assert supervisor in processes_of(lab.state)
+        shutil.rmtree(lab.state)
+        assert left_by(lab.state) == {}
+        lab.up()
+        assert lab.run("lab", "down").returncode == 0
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:

@@ -24,7 +24,7 @@ tenants:
   alice: {quote_interval_s: 1, payload: secret, guests: {alice-vm1: {host: host1}, alice-vm2: {host: host2}}}
   bob: {quote_interval_s: 2, provider_quote_interval: 2, guests: {bob-vm1: {host: host1}}}
 """
-COMMAND = [sys.executable, "-m", "harness", "lab", "replace-tpm", "host1", *WHY]
+COMMAND = [sys.executable, "-P", "-m", "harness", "lab", "replace-tpm", "host1", *WHY]
 
 
 @pytest.fixture(scope="module")

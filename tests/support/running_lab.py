@@ -36,7 +36,7 @@ _POLL_S = 0.1
 
 
 class RunningLab:
-    """One lab in a folder of its own.
+    """One lab in a folder of its own, beside a file that nobody may import.
 
     Args:
         folder: where lab.yml is; short, for the sake of the sockets.
@@ -49,6 +49,7 @@ class RunningLab:
         self.environment = dict(environment or {})
         self.state = folder / ".lab"
         (folder / "secret").write_bytes(b"the tenant's secret\n")
+        (folder / "yaml.py").write_text("raise SystemError('imported from where a person stands')\n")
         self.write(topology)
 
     def write(self, topology: str) -> None:
@@ -60,7 +61,7 @@ class RunningLab:
         environment = {**os.environ, "NO_COLOR": "1", **self.environment}
         environment["HARNESS_LAB"] = str(self.folder / "lab.yml")
         return subprocess.run(
-            [sys.executable, "-m", "harness", *arguments],
+            [sys.executable, "-P", "-m", "harness", *arguments],
             cwd=self.folder,
             env=environment,
             stdin=subprocess.DEVNULL,

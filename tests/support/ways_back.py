@@ -79,7 +79,7 @@ class WaysBack(RunningLab):
     def watched(self) -> Iterator[None]:
         """Reads the watched status for the time of the context."""
         self.names()
-        command = [sys.executable, "-m", "harness", "tenant", "status", "--watch", "--json", "--every", "0.3"]
+        command = [sys.executable, "-P", "-m", "harness", "tenant", "status", "--watch", "--json", "--every", "0.3"]
         environment = {**os.environ, "HARNESS_LAB": str(self.folder / "lab.yml")}
         with subprocess.Popen(
             command,
