@@ -8,9 +8,14 @@ Spec: docs/operations.md says the same at length.
 
 from __future__ import annotations
 
+import re
+
 _REBOOT = "if you know of the reboot: `harness tenant guest resume {guest} --accept-reboot --reason TEXT`"
 _RESUME = "`harness lab status` tells what runs; then: `harness tenant guest resume {guest} --reason TEXT`"
 _ASK = "find out who answered otherwise than expected; then: `harness tenant guest resume {guest} --reason TEXT`"
+
+ACCEPTED_REBOOT = "a reboot that was accepted"
+"""Instead of ``HostRebooted`` where the guest goes on: by its policy, or because it was resumed."""
 
 _STEPS = {
     "SimulatorMissing": "`harness doctor` tells what is missing and how to install it",
@@ -35,6 +40,7 @@ _STEPS = {
         "`harness tenant policy show {guest}` compares; if the change is yours: `policy capture`, `policy set --resume`"
     ),
     "HostRebooted": _REBOOT,
+    ACCEPTED_REBOOT: "the reboot was accepted and {guest} goes on; if you know of it, acknowledge the alarm",
     "ClockWentBack": (
         "find out who put an old state of the TPM back, or runs it twice; a guest that was restored on purpose gets a "
         "new vTPM (docs/operations.md), and: `harness tenant guest re-enrol {guest} --reason TEXT`"
@@ -63,6 +69,11 @@ def step_for(*names: str | None, guest: str = "AGENT_ID", host: str = "HOST_ID")
     """
     found = next((_STEPS[name] for name in names if name in _STEPS), None)
     return None if found is None else found.format(guest=guest, host=host)
+
+
+def with_tenant(step: str, tenant: str | None) -> str:
+    """A step whose `harness tenant` commands name the tenant; None: as it is."""
+    return step if tenant is None else re.sub(r"`(harness tenant [^`]*)`", rf"`\1 --tenant {tenant}`", step)
 
 
 def step_for_class(kind: type[BaseException]) -> str | None:

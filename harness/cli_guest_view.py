@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import cli_policy_view, cli_show
-from harness.cli_advice import step_for
+from harness.cli_advice import step_for, with_tenant
 
 Entry = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ _FINGERPRINT = 16
 _COLUMNS = ("guest", "name", "state", "attested", "payload", "why")
 _WIDE_COLUMNS = ("guest", "name", "host", "state", "attested", "rounds", "payload", "why")
 _VERDICT_COLUMNS = ("when", "verdict", "layer", "check", "error")
-_STOPPED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED"})
+STOPPED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED"})
 
 
 def whole(found: Entry, policy: Entry | None) -> dict[str, Any]:
@@ -41,12 +41,13 @@ def is_attested(guest: Entry, attestation: Entry | None) -> bool:
 # --- one guest --------------------------------------------------------------------------------------------
 
 
-def draw(shown: Entry, name: str | None) -> None:
+def draw(shown: Entry, name: str | None, tenant: str | None = None) -> None:
     """Print one guest for people.
 
     Args:
         shown: from `whole`.
         name: of the guest, if it is known.
+        tenant: its tenant, where commands must state it.
     """
     from rich.text import Text
 
@@ -58,7 +59,7 @@ def draw(shown: Entry, name: str | None) -> None:
     out.print(Text(lead(shown, name or guest["agent_id"], time.time()), style="green" if good else "bold red"))
     step = None if good else what_to_do(shown, name or guest["agent_id"])
     if step is not None:
-        out.print(Text(f"What to do: {step}"))
+        out.print(Text(f"What to do: {with_tenant(step, tenant)}"))
     print()
     for line in chain_lines(shown["chain"]):
         out.print(Text(line), overflow="ellipsis", no_wrap=True)
@@ -92,7 +93,7 @@ def _why(guest: Entry, attestation: Entry | None, now: float) -> str:
     if attestation is None:
         return "it has registered and is not under attestation"
     state, found = cli_show.text(attestation.get("state")), finding(attestation)
-    if state in _STOPPED or found:
+    if state in STOPPED or found:
         detail = attestation.get("detail")
         return f"{state}{', ' if found else ''}{found}" + (f": {detail}" if detail else "")
     success = _success(attestation)
@@ -118,7 +119,7 @@ def what_to_do(shown: Entry, name: str) -> str | None:
     if attestation is None:
         return f"`harness tenant guest add {name}` puts it under attestation"
     state = attestation.get("state")
-    if state not in _STOPPED:
+    if state not in STOPPED:
         return None  # the verifier goes on by itself
     step = step_for(attestation.get("error"), guest=name, host=host)
     return step if step and name in step else step_for(state, guest=name, host=host)  # a guest that stopped is resumed

@@ -102,6 +102,16 @@ def tenant_of(site: SiteSettings, name: str | None) -> TenantSite:
     return site.tenants[name]
 
 
+def tenants_of(site: SiteSettings, name: str | None) -> Mapping[str, TenantSite]:
+    """The stated tenant, or all. Raises ConfigError when there is no such tenant."""
+    return site.tenants if name is None else {name: tenant_of(site, name)}
+
+
+def to_state(site: SiteSettings, name: str | None) -> str | None:
+    """The name of a tenant where a command must state it; None where the lab has only one."""
+    return name if len(site.tenants) > 1 else None
+
+
 def orders_of(lab: Path | None, site: SiteSettings, tenant: TenantSite) -> KeptOrders:
     """How guests of a tenant were attested whose re-enrolment is under way: beside its other files in the lab.
 

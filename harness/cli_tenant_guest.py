@@ -155,7 +155,8 @@ def guest_show(
     if as_json:
         cli_show.show_one(shown, as_json=True)
     else:
-        cli_guest_view.draw(shown, cli_names.guest_names(site).get(shown["guest"]["agent_id"]))
+        name = cli_names.guest_names(site).get(shown["guest"]["agent_id"])
+        cli_guest_view.draw(shown, name, cli_site.to_state(site, tenant))
     raise typer.Exit(0 if cli_guest_view.is_attested(shown["guest"], shown["attestation"]) else 1)
 
 

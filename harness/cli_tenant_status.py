@@ -68,7 +68,7 @@ def status(
     line, whenever something has changed.
     """
     site = cli_site.site_of(lab)
-    tenants = site.tenants if tenant is None else {tenant: cli_site.tenant_of(site, tenant)}
+    tenants = cli_site.tenants_of(site, tenant)
     if watch:
         _watch(site, tenants, every, as_json=as_json)
         return

@@ -1,4 +1,4 @@
-"""`harness tenant`: resume, re-enrol, reference values, alarms, audit: what is asked, shown and refused."""
+"""`harness tenant`: resume, re-enrol, reference values: what is asked, shown and refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from harness import cli_names
 from harness.errors import ConfigError, Conflict, NotFound, PeerRefusedUs
 from tests.support.cli_operators import (
     AGENT_ID,
-    ALARM,
     ATTESTED,
-    ENTRY,
     FAILED,
     GUEST,
     HOST_ID,
@@ -276,62 +274,3 @@ def test_what_the_verifier_cannot_use_is_unusable_input(lab: Path, operator: Ope
     """A policy wider than the mask (400) ends with 2."""
     operator.refusals["set_policy"] = PeerRefusedUs("host_policy names a PCR", status=400)
     assert alice(lab, "policy", "set", "web1", "--host-policy", policy, *WHY) == 2
-
-
-# --- alarms and audit -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [["alarms"], ["alarms", "list"]], ids=" ".join)
-def test_alarms_that_wait_are_a_finding(
-    lab: Path, operator: Operator, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An alarm is shown with what to do about it and how it is acknowledged; the code is 1."""
-    operator.answers["alarms"] = [ALARM]
-    assert alice(lab, *words) == 1
-    out, err = capsys.readouterr()
-    assert {"r12", "KeyChanged", HOST_ID} <= set(out.split())
-    assert f"harness tenant host re-enrol {HOST_ID}" in err
-    assert "harness tenant alarms ack r12" in err
-
-
-def test_acknowledged_alarms_are_no_finding(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--all` shows who acknowledged what and why; the code is 0."""
-    operator.answers["alarms"] = [{**ALARM, "acknowledged_at": 1.0, "acknowledged_by": "alice/x", "reason": "known"}]
-    assert alice(lab, "alarms", "list", "--all") == 0
-    assert operator.asked == [("alarms", True)]
-    assert "acknowledged by alice/x: known" in capsys.readouterr().out
-
-
-def test_no_alarms_are_a_success(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """Programs get an empty list."""
-    assert alice(lab, "alarms", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == []
-
-
-def test_several_alarms_are_acknowledged_once_each(lab: Path, operator: Operator) -> None:
-    """`ack` takes several ids; one that is repeated counts once."""
-    assert alice(lab, "alarms", "ack", "r12", "v7", "r12", *WHY) == 0
-    assert operator.acts("acknowledge") == [("acknowledge", "r12", "ticket 4711"), ("acknowledge", "v7", "ticket 4711")]
-
-
-@pytest.mark.parametrize("number", ["12", "x7", "v0", "v", "v-1", "v7x"])
-def test_what_is_no_alarm_is_unusable_input(lab: Path, operator: Operator, number: str) -> None:
-    """An id of another form ends with 2, and no other alarm of the command is acknowledged."""
-    assert alice(lab, "alarms", "ack", "r1", number, *WHY) == 2
-    assert operator.asked == []
-
-
-def test_options_before_the_command_are_not_ignored(lab: Path, operator: Operator) -> None:
-    """`alarms --tenant bob ack` must not acknowledge an alarm of the tenant from the environment."""
-    assert alice(lab, "alarms", "--tenant", "bob", "ack", "v7", *WHY) == 2
-    assert operator.asked == []
-
-
-def test_the_audit_trail_is_shown(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
-    """Who did what to whom and why; programs get the members."""
-    operator.answers["audit"] = [{**ENTRY, "subject": AGENT_ID, "reason": "firmware update"}]
-    assert alice(lab, "audit") == 0
-    row = capsys.readouterr().out.splitlines()[1]
-    assert {"alice/tenant-operator/operator", "resume", AGENT_ID, "firmware"} <= set(row.split())
-    assert alice(lab, "audit", "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["service"] == "verifier"
