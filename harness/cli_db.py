@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,6 +15,7 @@ from harness.errors import ConfigError
 
 if TYPE_CHECKING:
     from harness.store_backup import Copied
+    from harness.store_backup_origin import Service
 
 app = group("Look after a service's database: schema, backup, restore.")
 
@@ -26,6 +27,14 @@ DatabaseUrl = Annotated[
 ]
 _COMPONENTS = ("tenant", "provider", "host-agent")
 _COLUMNS = ("component", "schema", "program's", "what that means")
+
+
+class _Meant(NamedTuple):
+    """The database that is meant; whose tables it is for, and whose it is, where that is known."""
+
+    url: str
+    component: str | None = None
+    service: Service | None = None
 
 
 @app.command(
@@ -42,9 +51,9 @@ def status(config: Config = None, url: DatabaseUrl = None, as_json: AsJson = Fal
     from harness import console
     from harness.store_backup import schemas_in_use
 
-    where, _ = _database(config, url)
+    meant = _database(config, url)
     programs = _programs()
-    found = asyncio.run(schemas_in_use(where))
+    found = asyncio.run(schemas_in_use(meant.url))
     rows = [(name, str(schema), str(programs.get(name, "-")), _meaning(name, schema)) for name, schema in found.items()]
     if as_json:
         console.print_json(
@@ -72,11 +81,11 @@ def migrate(
 
     Older programs refuse the database from then on: make a backup first.
     """
-    where, own = _database(config, url)
-    name = component or own
+    meant = _database(config, url)
+    name = component or meant.component
     if name not in _COMPONENTS:
         raise ConfigError(f"--component must be one of {', '.join(_COMPONENTS)}")
-    asyncio.run(_migrate(where, name))
+    asyncio.run(_migrate(meant.url, name))
     print(f"the {name} database has schema {_programs()[name]}")
 
 
@@ -89,12 +98,13 @@ def backup(
 ) -> None:
     """Copy a database into a file, while the service may run.
 
-    The file is as secret as the database: it may hold a payload key that is not delivered yet.
+    The file is as secret as the database: it may hold a payload key that is not delivered yet. With --config it says
+    whose it is, and is not restored into another service's database.
     """
     from harness.store_backup import back_up
 
-    where, _ = _database(config, url)
-    _show(asyncio.run(back_up(where, out)), f"backup {out}", as_json=as_json)
+    meant = _database(config, url)
+    _show(asyncio.run(back_up(meant.url, out, service=meant.service)), f"backup {out}", as_json=as_json)
 
 
 @app.command(epilog=examples("harness db restore --config verifier.yml --from verifier-2026-01-01.backup"))
@@ -106,34 +116,37 @@ def restore(
 ) -> None:
     """Put a backup in the database's place; the services that use it must be stopped.
 
-    What was there is kept beside it (SQLite) or beside the backup (PostgreSQL). An older schema is migrated when the
-    service starts.
+    With --config a backup of another service is refused. What was there is kept beside it (SQLite) or beside the backup
+    (PostgreSQL). An older schema is migrated when the service starts.
     """
     from harness.store_backup import restore as put_back
 
-    where, component = _database(config, url)
-    done = asyncio.run(put_back(where, source, _programs(), component=component))
+    meant = _database(config, url)
+    back = put_back(meant.url, source, _programs(), component=meant.component, service=meant.service)
+    done = asyncio.run(back)
     _show(done, f"restored {source}", as_json=as_json)
 
 
-def _database(config: Path | None, url: str | None) -> tuple[str, str | None]:
-    """URL of the database that is meant, and whose tables it is for, where that is known."""
+def _database(config: Path | None, url: str | None) -> _Meant:
     if config is None:
         if url is None:
             raise ConfigError("which database? give the service's settings with --config, or the database with --url")
-        return url, None
+        return _Meant(url)
     from harness import config as settings
+    from harness.store_backup_origin import Service
 
     settings.read_yaml(config)  # an unreadable file is told as what it is
-    kinds: tuple[tuple[Any, str], ...] = (
-        (settings.TenantVerifierSettings, "tenant"),
-        (settings.TenantRegistrarSettings, "tenant"),
-        (settings.ProviderRegistrarSettings, "provider"),  # the provider verifier's file has the same keys
-        (settings.HostAgentSettings, "host-agent"),
+    kinds: tuple[tuple[Any, str, str, str | None], ...] = (
+        (settings.TenantVerifierSettings, "tenant", "tenant-verifier", "tenant"),
+        (settings.TenantRegistrarSettings, "tenant", "tenant-registrar", "tenant"),
+        (settings.ProviderRegistrarSettings, "provider", "provider", None),  # the provider verifier's has the same keys
+        (settings.HostAgentSettings, "host-agent", "host-agent", "name"),
     )
-    for model, component in kinds:
+    for model, component, kind, key in kinds:
         with contextlib.suppress(ConfigError):
-            return str(settings.load(config, model).database), component
+            loaded = settings.load(config, model)
+            whose = kind if key is None else f"{kind} of {getattr(loaded, key)}"
+            return _Meant(str(loaded.database), component, Service(whose=whose, settings=config))
     raise ConfigError(f"{config}: is not the settings file of a service that has a database")
 
 

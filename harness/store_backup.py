@@ -6,7 +6,8 @@ Invariants:
     1. A backup appears whole, under its name, readable by its owner only; a file that is there is not overwritten.
     2. A restore refuses while somebody has the database open, and reads and judges the whole backup before it replaces
        anything; what was there is kept.
-    3. A backup of a newer schema than the program's is refused; an older one is migrated at the next start.
+    3. A backup that says whose it is goes into a database of the same service only (`harness.store_backup_origin`).
+    4. A backup of a newer schema than the program's is refused; an older one is migrated at the next start.
 
 Spec: docs/adr/0010.
 """
@@ -27,6 +28,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.errors import StoreError
+from harness.store_backup_origin import Service, check_origin
 from harness.store_backup_postgres import PostgresCopies
 from harness.store_backup_sqlite import SqliteCopies
 from harness.store_errors import name_of
@@ -60,11 +62,14 @@ class Copies(Protocol):
     async def schemas(self) -> Schemas:
         """Schemas of the database, which is checked for damage where that can be done."""
 
-    async def copy_to(self, half: Path) -> Schemas:
-        """Copies the database into a file of this name, and reads it again."""
+    async def copy_to(self, half: Path, origin: str | None = None) -> Schemas:
+        """Copies the database into a file of this name, which says whose it is, and reads it again."""
 
     async def schemas_of(self, backup: Path) -> Schemas:
         """Reads a whole backup; its schemas."""
+
+    async def origin_of(self, backup: Path) -> str | None:
+        """Whose a backup is that has been read, where it says so."""
 
     async def replace_with(self, backup: Path, aside: str) -> Path | None:
         """Replaces the database, if nobody has it open; keeps what was there under a name with this ending."""
@@ -81,8 +86,13 @@ async def schemas_in_use(url: str) -> Schemas:
     return await _copies_of(url).schemas()
 
 
-async def back_up(url: str, target: Path) -> Copied:
+async def back_up(url: str, target: Path, *, service: Service | None = None) -> Copied:
     """Copies a database into a file, consistent as of one moment, while services may use it.
+
+    Args:
+        url: of the database.
+        target: the file, which is made.
+        service: whose the database is; the backup says so.
 
     Raises:
         StoreError: the database or the file cannot be used, or the file is there already.
@@ -91,11 +101,13 @@ async def back_up(url: str, target: Path) -> Copied:
     """
     copies, start = _copies_of(url), time.monotonic()
     with _file_errors(target), _whole(target) as half:
-        schemas = await copies.copy_to(half)
+        schemas = await copies.copy_to(half, None if service is None else service.whose)
     return Copied(schemas=schemas, size=_size(target), took_s=time.monotonic() - start)
 
 
-async def restore(url: str, source: Path, programs: Schemas, *, component: str | None = None) -> Copied:
+async def restore(
+    url: str, source: Path, programs: Schemas, *, component: str | None = None, service: Service | None = None
+) -> Copied:
     """Puts a backup in the place of a database that nobody has open.
 
     Args:
@@ -103,9 +115,11 @@ async def restore(url: str, source: Path, programs: Schemas, *, component: str |
         source: a file that `back_up` made.
         programs: the schema of each component that this program knows.
         component: that the backup must hold.
+        service: whose the database is; a backup of another service is not for it.
 
     Raises:
-        StoreError: the backup is damaged, newer than the program or another component's; the database is in use.
+        StoreError: the backup is damaged, newer than the program, another component's or another service's; the
+            database is in use.
 
     *Cancellation:* the old database is there, or the new one; never a part.
     """
@@ -114,6 +128,7 @@ async def restore(url: str, source: Path, programs: Schemas, *, component: str |
         size = _size(source)
         schemas = await copies.schemas_of(source)
         _judge(source, schemas, programs, component)
+        check_origin(source, await copies.origin_of(source), service)
         now = datetime.datetime.now(datetime.UTC)
         kept = await copies.replace_with(source, f"before-restore-{now:%Y%m%dT%H%M%S.%fZ}")
     return Copied(schemas=schemas, size=size, took_s=time.monotonic() - start, kept=kept)

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from harness.errors import StoreError
+from harness.store_backup_origin import behind, put_behind
 from harness.store_engine import IN_USE, engine_of, lock_number
 from harness.store_errors import name_of, store_error
 from harness.store_schema import schemas_in
@@ -53,9 +54,10 @@ class PostgresCopies:
         async with self._engine() as engine, self._talk(), engine.connect() as connection:
             return await connection.run_sync(schemas_in)
 
-    async def copy_to(self, half: Path) -> dict[str, int]:
+    async def copy_to(self, half: Path, origin: str | None = None) -> dict[str, int]:
         """See `Copies`."""
         await self._run("pg_dump", "--format=custom", "--no-owner", "--no-privileges", "-w", f"--file={half}")
+        put_behind(half, origin)
         return await self.schemas_of(half)
 
     async def schemas_of(self, backup: Path) -> dict[str, int]:
@@ -70,6 +72,10 @@ class PostgresCopies:
             if tab and version.isdecimal():
                 found[component] = int(version)
         return found
+
+    async def origin_of(self, backup: Path) -> str | None:
+        """See `Copies`."""
+        return behind(backup)
 
     async def replace_with(self, backup: Path, aside: str) -> Path | None:
         """See `Copies`."""

@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from harness.errors import StoreError
+from harness.store_backup_origin import in_table, put_in_table
 from harness.store_errors import name_of, store_error
 from harness.store_file import Lease
 from harness.store_schema import schemas_in
@@ -54,18 +55,21 @@ class SqliteCopies:
         with self._errors():
             return await asyncio.to_thread(_read, self._path)
 
-    async def copy_to(self, half: Path) -> dict[str, int]:
+    async def copy_to(self, half: Path, origin: str | None = None) -> dict[str, int]:
         """See `Copies`."""
         with self._errors():
-            await asyncio.to_thread(_copy, self._path, half)
+            await asyncio.to_thread(_copy, self._path, half, origin)
             return await asyncio.to_thread(_read, half)
 
     async def schemas_of(self, backup: Path) -> dict[str, int]:
         """See `Copies`."""
-        try:
+        with _unreadable(backup):
             return await asyncio.to_thread(_read, backup)
-        except (sqlite3.Error, SQLAlchemyError) as error:
-            raise StoreError(f"backup {backup}: it cannot be read: {error}") from error
+
+    async def origin_of(self, backup: Path) -> str | None:
+        """See `Copies`."""
+        with _unreadable(backup):
+            return await asyncio.to_thread(_origin, backup)
 
     async def replace_with(self, backup: Path, aside: str) -> Path | None:
         """See `Copies`."""
@@ -85,6 +89,7 @@ class SqliteCopies:
         try:
             shutil.copyfile(backup, new)
             with contextlib.closing(sqlite3.connect(new)) as connection:
+                put_in_table(connection, None)
                 connection.execute("PRAGMA journal_mode=WAL")
             os.fsync(descriptor)
             kept = _keep(self._path, self._path.with_name(f"{self._path.name}.{aside}"))
@@ -120,7 +125,20 @@ def _read(path: Path) -> dict[str, int]:
         return schemas_in(checked)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _origin(backup: Path) -> str | None:
+    with contextlib.closing(_connect(backup)) as connection:
+        return in_table(backup, connection)
+
+
+@contextlib.contextmanager
+def _unreadable(backup: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, SQLAlchemyError) as error:
+        raise StoreError(f"backup {backup}: it cannot be read: {error}") from error
+
+
+def _copy(source: Path, target: Path, origin: str | None) -> None:
     until = time.monotonic() + _COPY_S
 
     def progress(*_: int) -> None:  # asked after each step, also while another program's lock is in the way
@@ -130,6 +148,7 @@ def _copy(source: Path, target: Path) -> None:
     with contextlib.closing(_connect(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
         old.backup(new, pages=1024, progress=progress, sleep=0.05)
         new.execute("PRAGMA journal_mode=DELETE")  # one file, which can be read where nobody may write
+        put_in_table(new, origin)
 
 
 def _keep(path: Path, aside: Path) -> Path | None:
