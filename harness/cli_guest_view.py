@@ -108,6 +108,12 @@ def finding(attestation: Entry) -> str:
     return str(error) if error else ""
 
 
+def brief(layer: object, check: object, error: object) -> str:
+    """The same in a cell of an overview, such as ``host, check 9: ReferenceValueMismatch``."""
+    where = ", ".join(str(part) for part in (layer, f"check {check}") if part) if check else ""
+    return ": ".join(str(part) for part in (where, error) if part)
+
+
 def what_to_do(shown: Entry, name: str) -> str | None:
     """The step that brings a guest back, with the command to type."""
     guest, attestation = shown["guest"], shown["attestation"]

@@ -65,10 +65,7 @@ def up(
         console.say(f"removed: {what}")
     for remark in result.remarks:
         console.say(remark)
-    rows = [
-        (guest.name, guest.tenant, *cli_lab_acts.verdict(guest.accepted, guest.error, guest.detail))
-        for guest in result.outcomes
-    ]
+    rows = [(guest.name, guest.tenant, *cli_lab_acts.verdict(guest)) for guest in result.outcomes]
     console.print_table(("guest", "tenant", "verdict", "why"), rows, empty="the lab has no guests")
     state = "is up" if result.changed else "is up already; nothing was changed"
     attested = sum(guest.accepted for guest in result.outcomes)

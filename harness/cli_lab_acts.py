@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import cli_complete, cli_provider_guest, cli_show, cli_site
+from harness import cli_complete, cli_guest_view, cli_provider_guest, cli_show, cli_site
 from harness.cli_help import AsJson, Lab, Reason, examples
 from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harness.lab_outcome import GuestOutcome
 
 HostArgument = Annotated[
     str, typer.Argument(metavar="HOST", help="The host's name.", autocompletion=cli_complete.hosts)
@@ -143,14 +146,17 @@ def replace_tpm(host: HostArgument, reason: Reason, lab: Lab = None) -> None:
     _known(host, lab)
     control = cli_site.control_of(lab)
     outcomes = asyncio.run(lab_replace.replace_tpm(control, host, reason, lambda step: print(step, flush=True)))
-    rows = [(guest.name, guest.tenant, *verdict(guest.accepted, guest.error, guest.detail)) for guest in outcomes]
+    rows = [(guest.name, guest.tenant, *verdict(guest)) for guest in outcomes]
     console.print_table(("guest", "tenant", "verdict", "why"), rows, empty="no guest was under attestation")
     raise typer.Exit(0 if all(guest.accepted for guest in outcomes) else 1)
 
 
-def verdict(accepted: bool, error: str | None, detail: str | None) -> tuple[str, str]:
+def verdict(guest: GuestOutcome) -> tuple[str, str]:
     """How a guest stands and why, as two cells of a table."""
-    return ("accepted", "") if accepted else ("refused", f"{error or 'not yet'}: {detail or ''}".rstrip(": "))
+    if guest.accepted:
+        return "accepted", ""
+    why = cli_guest_view.brief(guest.layer, guest.failed_check, guest.error or "not yet")
+    return "refused", f"{why}: {guest.detail or ''}".rstrip(": ")
 
 
 def _known(host: str, lab: Path | None) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from harness import cli_names
-from harness.errors import ConfigError, HarnessError
+from harness.errors import CertificateExpired, ConfigError, HarnessError, PeerUnreachable
 
 if TYPE_CHECKING:
     import uuid
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SITE_FILE = "site.yml"
 TOPOLOGY_FILE = "lab.yml"
+_RECORD = "lab.json"
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+"""Of the lab that the command has found, for the sentence that says that it is down."""
 _START = "`harness lab up` starts one"
+
+
+class LabDown(ConfigError):
+    """No service of the lab answers, because it is down."""
 
 
 def site_of(lab: Path | None) -> SiteSettings:
@@ -49,6 +57,7 @@ def site_of(lab: Path | None) -> SiteSettings:
     folder = folder_of(lab or Path(TOPOLOGY_FILE))
     if not (folder / SITE_FILE).is_file():
         raise ConfigError(f"{folder}: holds no lab that was started; {_START}")
+    _folder.set(folder.absolute())
     return config.load(folder / SITE_FILE, config.SiteSettings)
 
 
@@ -156,7 +165,10 @@ def as_tenants(
     import asyncio
 
     async def run() -> dict[str, T | HarnessError]:
-        results = await asyncio.gather(*(one(name) for name in tenants))
+        results: list[T | HarnessError] = await asyncio.gather(*(one(name) for name in tenants))
+        down = await _down() if results and all(isinstance(each, PeerUnreachable) for each in results) else None
+        if down is not None:
+            results = [down for _ in results]
         return dict(zip(tenants, results, strict=True))
 
     async def one(name: str) -> T | HarnessError:
@@ -201,7 +213,42 @@ async def tenant_operator(tenant: TenantSite) -> AsyncIterator[TenantOperator]:
 def _run(work: Coroutine[object, object, T]) -> T:
     import asyncio
 
-    return asyncio.run(work)
+    async def run() -> T:
+        try:
+            return await work
+        except PeerUnreachable:
+            down = await _down()
+            if down is None:
+                raise
+            raise down from None
+
+    return asyncio.run(run())
+
+
+async def _down() -> LabDown | None:
+    """The error that says that the lab of the command is down; None when it is up, or this is no lab."""
+    from harness.lab_control import LabControl
+
+    folder = _folder.get()
+    if folder is None or not (folder / _RECORD).is_file():
+        return None  # services of which no supervisor knows
+    try:
+        is_up = await LabControl(folder).status() is not None
+    except HarnessError:
+        return None
+    return None if is_up else LabDown(f"the lab in {folder} is down; `harness lab up` starts it")
+
+
+def is_expired(error: HarnessError) -> bool:
+    """Whether the certificate of either side has expired."""
+    return isinstance(error, CertificateExpired) or "certificate has expired" in error.detail
+
+
+def reason_of(error: HarnessError, service: str) -> str:
+    """Why a service cannot be asked; for a certificate of its own that has expired with the way to renew it."""
+    if is_expired(error) and not isinstance(error, CertificateExpired):
+        return f"its certificate has expired; renew it with `harness lab renew {service} --reason TEXT`"
+    return error.detail
 
 
 def parse_id(text: str, what: str) -> uuid.UUID:

@@ -16,7 +16,7 @@ import typer
 
 from harness import cli_guest_view, cli_names, cli_show, cli_site
 from harness.cli_help import AsJson, Lab, Tenant, examples, seconds
-from harness.errors import HarnessError, NotFound
+from harness.errors import CertificateExpired, HarnessError, NotFound
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,14 +25,22 @@ if TYPE_CHECKING:
     from harness.tenant.operator import TenantOperator
 
 _COLUMNS = ("guest", "tenant", "attested", "last success", "state", "why")
+_FOR_PEOPLE = frozenset({"layer", "unasked"})
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """All guests at one moment, and the tenants that could not be asked with the reason."""
+    """All guests at one moment, and the tenants that could not be asked with the reason.
+
+    Args:
+        guests: with what only people are shown (`_FOR_PEOPLE`).
+        silent: reasons by tenant.
+        down: the sentence that says that the whole lab is down, if it is.
+    """
 
     guests: list[dict[str, Any]]
     silent: dict[str, str]
+    down: str | None = None
 
     @property
     def all_attested(self) -> bool:
@@ -41,7 +49,11 @@ class Standing:
 
     def as_json(self) -> dict[str, Any]:
         """The one object for programs."""
-        return {"guests": self.guests}
+        return {
+            "guests": [
+                {name: value for name, value in guest.items() if name not in _FOR_PEOPLE} for guest in self.guests
+            ]
+        }
 
 
 def register(parent: typer.Typer) -> None:
@@ -87,12 +99,14 @@ def ask(tenants: Mapping[str, TenantSite]) -> Standing:
     """How the guests of some tenants stand now."""
     guests: list[dict[str, Any]] = []
     silent: dict[str, str] = {}
+    down: str | None = None
     for name, answer in cli_site.as_tenants(tenants, _guests).items():
         if isinstance(answer, HarnessError):
-            silent[name] = answer.detail
+            down = answer.detail if isinstance(answer, cli_site.LabDown) else down
+            silent[name] = cli_site.reason_of(answer, f"{name}-registrar")
         else:
             guests += answer
-    return Standing(guests, silent)
+    return Standing(guests, silent, down)
 
 
 async def _guests(tenant: str, operator: TenantOperator) -> list[dict[str, Any]]:
@@ -105,13 +119,14 @@ async def _guest(tenant: str, operator: TenantOperator, guest: Mapping[str, Any]
     from harness.values import parse_agent_id
 
     session: Mapping[str, Any] = {}
-    error = (guest.get("refused") or {}).get("error")
+    error, unasked = (guest.get("refused") or {}).get("error"), None
     try:
         session = await operator.attestation(parse_agent_id(guest["agent_id"]))
     except NotFound:
         pass  # stated, and not under attestation
     except HarnessError as failure:
-        error = type(failure).__name__
+        unasked = cli_site.reason_of(failure, f"{tenant}-verifier")
+        error = CertificateExpired.__name__ if cli_site.is_expired(failure) else type(failure).__name__
     return {
         "agent_id": guest["agent_id"],
         "tenant": tenant,
@@ -121,6 +136,8 @@ async def _guest(tenant: str, operator: TenantOperator, guest: Mapping[str, Any]
         "attestations": session.get("attestation_count", 0),
         "failed_check": session.get("failed_check"),
         "error": session.get("error") or error,
+        "layer": session.get("layer"),
+        "unasked": unasked,
     }
 
 
@@ -131,7 +148,8 @@ def print_standing(out: Any, standing: Standing, names: Mapping[str, str]) -> No
     """Print it for people."""
     if standing.guests:
         out.print(table(standing, names, time.time(), boxed=out.is_terminal))
-    out.print(_summary(standing), highlight=False)
+    if standing.down is None:
+        out.print(_summary(standing), highlight=False)
 
 
 def table(standing: Standing, names: Mapping[str, str], now: float, *, boxed: bool) -> Table:
@@ -145,10 +163,10 @@ def table(standing: Standing, names: Mapping[str, str], now: float, *, boxed: bo
             str(guest["tenant"]),
             cli_show.text(guest["attested"]),
             "-"
-            if guest["last_success"] is None and guest["attestations"]
+            if guest["last_success"] is None and (guest["attestations"] or guest.get("unasked"))
             else cli_show.ago(guest["last_success"], now),
             cli_show.text(guest["state"]),
-            (f"check {guest['failed_check']} " if guest["failed_check"] else "") + (guest["error"] or ""),
+            cli_guest_view.brief(guest.get("layer"), guest["failed_check"], guest["error"]),
         )
         for guest in standing.guests
     ]
@@ -163,8 +181,17 @@ def _summary(standing: Standing) -> str:
 def _say_silent(standing: Standing) -> None:
     from harness.console import say
 
-    for tenant, reason in standing.silent.items():
-        say(f"harness: the guests of {tenant} cannot be listed: {reason}")
+    for line in _unasked(standing):
+        say(f"harness: {line}")
+
+
+def _unasked(standing: Standing) -> list[str]:
+    """Who could not be asked and why; of a lab that is down this is said once."""
+    if standing.down is not None:
+        return [standing.down]
+    lines = [f"the guests of {tenant} cannot be listed: {reason}" for tenant, reason in standing.silent.items()]
+    unasked = dict.fromkeys((guest["tenant"], guest["unasked"]) for guest in standing.guests if guest.get("unasked"))
+    return lines + [f"the verifier of {tenant} cannot be asked: {reason}" for tenant, reason in unasked]
 
 
 # --- watching ---------------------------------------------------------------------------------------------
@@ -190,7 +217,7 @@ def _print_changes(site: SiteSettings, tenants: Mapping[str, TenantSite], every:
     for standing in _standings(tenants, every):
         if standing == before:
             continue
-        if before is None or standing.silent != before.silent:
+        if before is None or _unasked(standing) != _unasked(before):
             _say_silent(standing)
         before = standing
         if as_json:
@@ -210,7 +237,7 @@ def _redraw(site: SiteSettings, tenants: Mapping[str, TenantSite], every: float)
             parts: list[Any] = []
             if standing.guests:
                 parts.append(table(standing, cli_names.guest_names(site), time.time(), boxed=True))
-            parts += [f"{name}: {reason}" for name, reason in standing.silent.items()]
+            parts += _unasked(standing)
             live.update(Group(*parts, f"{_summary(standing)}; {cli_show.time(time.time())}; Ctrl-C ends"), refresh=True)
 
 

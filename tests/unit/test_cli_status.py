@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import cli_complete, cli_show, cli_site, cli_tenant_status, console
-from harness.errors import NotFound, PeerUnreachable
+from harness.errors import CertificateExpired, NotFound, PeerUnreachable
 from tests.support.cli_operators import (
     AGENT_ID,
     ATTESTED,
@@ -122,6 +124,70 @@ def test_a_tenant_that_does_not_answer_is_named_and_the_others_are_shown(
     assert "the guests of alice cannot be listed: https://tenant:1 cannot be reached" in err
     assert "web1" in out
     assert "1 of 1 guests are attested" in out
+
+
+class Down:
+    """A supervisor that is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def status(self) -> None:
+        """It is down."""
+
+
+def test_a_lab_that_is_down_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not one error per tenant and service; the exit code is that of services that do not answer."""
+    lab = make_lab(tmp_path)
+    (lab / "lab.json").touch()
+    monkeypatch.setattr("harness.lab_control.LabControl", Down)
+    monkeypatch.setattr(cli_site, "tenant_operator", away)
+    said = f"harness: the lab in {lab} is down; `harness lab up` starts it\n"
+    for code, words in ((1, ["status"]), (2, ["alarms"]), (2, ["guest", "list", "--tenant", "alice"])):
+        assert run("tenant", *words, "--lab", str(lab)) == code
+        assert capsys.readouterr() == ("", said)
+
+
+@asynccontextmanager
+async def away(_tenant: object) -> AsyncIterator[Operator]:
+    """In place of a connection to services that do not answer."""
+    fake = Operator()
+    fake.refusal = PeerUnreachable("https://tenant:1 cannot be reached")
+    yield fake
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "said"),
+    [
+        (PeerUnreachable("https://x cannot be reached"), "PeerUnreachable", "https://x cannot be reached"),
+        (
+            PeerUnreachable("https://x shows a certificate that is not accepted: certificate has expired"),
+            "CertificateExpired",
+            "renew it with `harness lab renew alice-verifier --reason TEXT`",
+        ),
+        (CertificateExpired("ours expired; renew it"), "CertificateExpired", "ours expired; renew it"),
+    ],
+    ids=["away", "its certificate", "our certificate"],
+)
+def test_of_a_verifier_that_does_not_answer_nothing_is_claimed(
+    lab: Path, operator: Operator, failure: Exception, error: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last success is not "never" but unknown, and standard error says why."""
+    operator.refusals["attestation"] = failure
+    assert status(lab, "--tenant", "alice") == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split() == ["web1", "alice", "no", "-", "-", error]
+    assert "the verifier of alice cannot be asked: " in err
+    assert said in err
+
+
+def test_the_layer_is_named(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether host or guest was refused is said to people; programs get the members that were promised."""
+    operator.guest_now = {**GUEST, "attestation": {**FAILED, "failed_check": 9, "error": "ReferenceValueMismatch"}}
+    assert status(lab, "--tenant", "alice") == 1
+    assert "host, check 9: ReferenceValueMismatch" in capsys.readouterr().out
 
 
 def as_shown(**changes: Any) -> dict[str, Any]:
