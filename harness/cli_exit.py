@@ -1,7 +1,8 @@
 """Turns what a command did into the one exit code and the one sentence that people and programs rely on.
 
 Invariants:
-    1. Exit codes live here only: 0 success, 1 a negative finding, 2 unusable input or set-up, 3 internal fault.
+    1. Exit codes live here only: 0 success, 1 a negative finding, 2 unusable input or set-up, 3 internal fault, 141 the
+       reader of standard output has gone, which is no error to tell.
     2. 2 is what another command line or another set-up would mend: a usage error, an id that nobody knows (404), a
        body that cannot be read (400), a service that does not answer, a file or output that cannot be used. 1 is an
        answer: a refusal, a conflict (409), evidence that is not believed.
@@ -27,6 +28,7 @@ class ExitCode(enum.IntEnum):
     FINDING = 1
     UNUSABLE = 2
     FAULT = 3
+    READER_GONE = 141
 
 
 _CODES: tuple[tuple[type[errors.HarnessError], ExitCode], ...] = (
@@ -80,6 +82,8 @@ def guarded(command: Callable[[], object]) -> int:
         command()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except console.ReaderGone:
+        return ExitCode.READER_GONE
     except errors.HarnessError as error:
         say(error.detail, next_step(error))
         _show_traceback()

@@ -19,6 +19,7 @@ _FINGERPRINT = 16
 _COLUMNS = ("guest", "name", "state", "attested", "payload", "why")
 _WIDE_COLUMNS = ("guest", "name", "host", "state", "attested", "rounds", "payload", "why")
 _VERDICT_COLUMNS = ("when", "verdict", "layer", "check", "error")
+_DELIVERS = "PROVIDE_V"
 STOPPED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED"})
 
 
@@ -161,10 +162,22 @@ def _facts(guest: Entry, attestation: Entry, policy: Entry | None) -> list[str]:
     lines = [
         f"guest {guest.get('agent_id')} on host {guest.get('host_id')}",
         f"agent at {attestation.get('ip')}:{attestation.get('port')}; {quotes}",
-        f"payload {'released' if attestation.get('payload_released') else 'not released'}; "
-        f"{cli_show.text(attestation.get('attestation_count'))} rounds accepted",
+        f"{_payload(attestation, 'payload released', 'payload not released')}; {_rounds(attestation)} accepted",
     ]
     return lines + ([cli_policy_view.summary(policy, layer) for layer in cli_policy_view.LAYERS] if policy else [])
+
+
+def _payload(attestation: Entry, released: str, locked: str) -> str:
+    if attestation.get("payload_released"):
+        return released
+    # one that is there is on its way as soon as a guest is attested
+    attested = attestation.get("attested") is True and attestation.get("state") != _DELIVERS
+    return "no payload" if attested else locked
+
+
+def _rounds(attestation: Entry) -> str:
+    number = attestation.get("attestation_count")
+    return "1 round" if number == 1 else f"{cli_show.text(number)} rounds"
 
 
 # --- a list -----------------------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ def draw_list(guests: list[Mapping[str, Any]], names: Mapping[str, str], *, as_j
             ),
             "attested": cli_show.text(is_attested(guest, session)),
             "rounds": cli_show.text(session.get("attestation_count")),
-            "payload": "released" if session.get("payload_released") else "locked",
+            "payload": _payload(session, "released", "locked"),
             "why": " ".join(cli_show.text(refused[name]) for name in ("error", "detail") if refused.get(name)),
         }
         return tuple(cells[column] for column in (_WIDE_COLUMNS if wide else _COLUMNS))

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -33,6 +34,10 @@ class OutputGone(ConfigError):
     """Standard output is closed or cannot be written."""
 
 
+class ReaderGone(OutputGone):
+    """Whoever read standard output has read enough, as `head` does."""
+
+
 class _Output(io.TextIOWrapper):
     """Standard output; what it cannot write is `OutputGone`, which no library takes for something else."""
 
@@ -52,7 +57,8 @@ class _Output(io.TextIOWrapper):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())  # the interpreter flushes once more when it ends
         os.close(nowhere)
-        return OutputGone(f"standard output cannot be written: {error.strerror}")
+        kind = ReaderGone if error.errno == errno.EPIPE else OutputGone
+        return kind(f"standard output cannot be written: {error.strerror}")
 
 
 @contextlib.contextmanager

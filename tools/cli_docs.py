@@ -27,6 +27,7 @@ conflict with what is there (409), an alarm that nobody has acknowledged |
 or file that cannot be used (400), a service that does not answer, output that cannot be written |
 | 3 | an internal fault |
 | 130 | Ctrl-C |
+| 141 | the reader of the output has gone, as `head` does |
 
 Guests are given by UUID, by its first characters, or by name; hosts by id or its first characters. `--json` prints JSON
 for programs, with complete ids; tables shorten them where the terminal is narrow. `NO_COLOR` is honoured;

@@ -114,6 +114,25 @@ def test_each_standing_has_its_way_back(guest: dict[str, object], step: str) -> 
     assert step in said
 
 
+@pytest.mark.parametrize(
+    ("session", "said"),
+    [
+        (ATTESTED, "no payload; 3 rounds accepted"),
+        ({**ATTESTED, "state": "PROVIDE_V", "attestation_count": 1}, "payload not released; 1 round accepted"),
+        ({**ATTESTED, "payload_released": True}, "payload released; 3 rounds accepted"),
+        ({**FAILED, "attestation_count": 0}, "payload not released; 0 rounds accepted"),
+    ],
+    ids=["none", "on its way", "released", "refused"],
+)
+def test_a_payload_is_spoken_of_where_there_is_one(
+    lab: Path, operator: Operator, session: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest that is attested and gets nothing has no payload; of one that is refused nobody can tell."""
+    operator.guest_now = {**GUEST, "attestation": session}
+    alice(lab, "guest", "show", "web1")
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_a_verifier_that_goes_on_by_itself_needs_nobody() -> None:
     """While the session is active there is nothing to type."""
     shown = cli_guest_view.whole({**GUEST, "attestation": {**ATTESTED, "attested": False}}, None)
