@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 import sqlite3
 import subprocess
@@ -164,10 +165,12 @@ def tracebacks(lab: RunningLab) -> list[str]:
     return sorted(path.name for path in (lab.state / "log").iterdir() if b"Traceback" in path.read_bytes())
 
 
-def why(lab: RunningLab, service: str) -> str:
-    """What ended a service that is away, in the words of the supervisor; empty while it runs."""
+def why(lab: RunningLab, service: str, since: float) -> str:
+    """What a service could not start for, in its own words, since then (unix time); empty when it could."""
     events = [json.loads(line) for line in lab.run("lab", "logs", service, "--json", "-n", "5").stdout.splitlines()]
-    return next((str(event["detail"]) for event in reversed(events) if event["event"] == "service_failed"), "")
+    failed = [event for event in events if event["event"] == "service_failed"]
+    new = [event for event in failed if datetime.datetime.fromisoformat(event["timestamp"]).timestamp() > since]
+    return str(new[-1]["detail"]) if new else ""
 
 
 @contextlib.contextmanager
