@@ -14,8 +14,8 @@ _REBOOT = "if you know of the reboot: `harness tenant guest resume {guest} --acc
 _RESUME = "`harness lab status` tells what runs; then: `harness tenant guest resume {guest} --reason TEXT`"
 _ASK = "find out who answered otherwise than expected; then: `harness tenant guest resume {guest} --reason TEXT`"
 
-ACCEPTED_REBOOT = "a reboot that was accepted"
-"""Instead of ``HostRebooted`` where the guest goes on: by its policy, or because it was resumed."""
+ACCEPTED_REBOOT = "the reboot was accepted and {guest} goes on; if you know of it, acknowledge the alarm"
+"""Instead of the step for ``HostRebooted`` where the guest goes on: by its policy, or because it was resumed."""
 
 _STEPS = {
     "SimulatorMissing": "`harness doctor` tells what is missing and how to install it",
@@ -40,7 +40,6 @@ _STEPS = {
         "`harness tenant policy show {guest}` compares; if the change is yours: `policy capture`, `policy set --resume`"
     ),
     "HostRebooted": _REBOOT,
-    ACCEPTED_REBOOT: "the reboot was accepted and {guest} goes on; if you know of it, acknowledge the alarm",
     "ClockWentBack": (
         "find out who put an old state of the TPM back, or runs it twice; a guest that was restored on purpose gets a "
         "new vTPM (docs/operations.md), and: `harness tenant guest re-enrol {guest} --reason TEXT`"
@@ -74,6 +73,11 @@ def step_for(*names: str | None, guest: str = "AGENT_ID", host: str = "HOST_ID")
 def with_tenant(step: str, tenant: str | None) -> str:
     """A step whose `harness tenant` commands name the tenant; None: as it is."""
     return step if tenant is None else re.sub(r"`(harness tenant [^`]*)`", rf"`\1 --tenant {tenant}`", step)
+
+
+def look_again(guest: str, tenant: str | None) -> str:
+    """How an operator sees what became of a guest that is judged anew."""
+    return with_tenant(f"`harness tenant guest show {guest} --wait 60`", tenant)
 
 
 def step_for_class(kind: type[BaseException]) -> str | None:

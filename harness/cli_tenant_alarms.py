@@ -12,7 +12,7 @@ import typer
 
 from harness import cli_guest_view, cli_names, cli_show, cli_site
 from harness.cli_help import AsJson, Lab, Reason, Tenant, examples
-from harness.errors import ConfigError, HarnessError
+from harness.errors import ConfigError, Conflict, HarnessError
 
 if TYPE_CHECKING:
     from harness.config import SiteSettings, TenantSite
@@ -66,20 +66,30 @@ def alarms_list(everything: All = False, tenant: Tenant = None, lab: Lab = None,
     epilog=examples(
         'harness tenant alarms ack v7 --tenant alice --reason "kernel update, new reference values are set"',
         'harness tenant alarms ack r12 r13 --tenant alice --reason "test of a cloned guest"',
+        'harness tenant alarms ack --all --reason "maintenance 4711"',
     ),
 )
 def alarms_ack(
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Alarms, such as r12 or v7.")],
     reason: Reason,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Alarms, such as r12 or v7.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that `alarms` lists.")] = False,
     tenant: Tenant = None,
     lab: Lab = None,
 ) -> None:
     """Acknowledge alarms: you have looked, and nothing more is to be done.
 
-    It changes nothing else: a guest that has stopped stays stopped until `guest resume`.
+    It changes nothing else: a guest that has stopped stays stopped until `guest resume`. Ids are those of one tenant;
+    --all means all tenants, or the one that is given.
     """
     from harness.tenant.operator_acts import parse_alarm_id
 
+    if bool(ids) == everything:
+        raise ConfigError("give ids of alarms, or --all")
+    if not ids:
+        _acknowledge_all(cli_site.tenants_of(cli_site.site_of(lab), tenant), reason)
+        return
     for each in ids:
         parse_alarm_id(each)
     own = cli_site.tenant_of(cli_site.site_of(lab), tenant)
@@ -89,6 +99,22 @@ def alarms_ack(
             await operator.acknowledge(each, reason)
 
     cli_site.as_tenant(own, acknowledge)
+
+
+def _acknowledge_all(tenants: Mapping[str, TenantSite], reason: str) -> None:
+    async def acknowledge(operator: TenantOperator) -> list[Mapping[str, Any]]:
+        alarms = await operator.alarms()
+        for alarm in alarms:
+            with contextlib.suppress(Conflict):  # somebody else has done so meanwhile
+                await operator.acknowledge(str(alarm["id"]), reason)
+        return alarms
+
+    alarms, silent = _of_all(tenants, acknowledge)
+    for name in dict.fromkeys(str(alarm["tenant"]) for alarm in alarms):
+        print(f"{name}: {', '.join(str(alarm['id']) for alarm in alarms if alarm['tenant'] == name)} acknowledged")
+    if not alarms:
+        print("no alarms")
+    raise typer.Exit(_say_silent(silent, "alarms"))
 
 
 def register_audit(parent: typer.Typer) -> None:
@@ -215,11 +241,15 @@ def _say_steps(
     said, last = set(), {str(alarm["tenant"]): alarm for alarm in reversed(waiting)}
     for alarm in waiting:
         kind, tenant = str(alarm.get("kind")), str(alarm["tenant"])
-        advice = ACCEPTED_REBOOT if kind == _REBOOT and alarm.get("agent_id") in accepted else kind
-        step = step_for(advice, guest=about(alarm), host=cli_show.text(alarm.get("host_id")))
-        if step is not None and (advice, tenant) not in said:
+        goes_on = kind == _REBOOT and alarm.get("agent_id") in accepted
+        step = (
+            ACCEPTED_REBOOT.format(guest=about(alarm))
+            if goes_on
+            else step_for(kind, guest=about(alarm), host=cli_show.text(alarm.get("host_id")))
+        )
+        if step is not None and (kind, goes_on, tenant) not in said:
             say(f"{kind}: {with_tenant(step, cli_site.to_state(site, tenant))}")
-        said.add((advice, tenant))
+        said.add((kind, goes_on, tenant))
     for tenant, alarm in sorted(last.items()):
         command = f"`harness tenant alarms ack {alarm['id']} --reason TEXT`"
         say(f"when it is settled: {with_tenant(command, cli_site.to_state(site, tenant))}")

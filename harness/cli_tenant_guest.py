@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from harness import cli_guest_view, cli_names, cli_show, cli_site
+from harness.cli_advice import look_again
 from harness.cli_help import (
     AsJson,
     Guest,
@@ -24,7 +25,7 @@ from harness.cli_help import (
 from harness.errors import ConfigError, Conflict, NotFound
 
 if TYPE_CHECKING:
-    from harness.config import TenantSite
+    from harness.config import SiteSettings, TenantSite
     from harness.tenant.operator import TenantOperator
     from harness.values import AgentId, HostId
 
@@ -190,15 +191,18 @@ def guest_resume(
     site = cli_site.site_of(lab)
     own = cli_site.tenant_of(site, tenant)
 
-    async def resume(operator: TenantOperator) -> None:
+    async def resume(operator: TenantOperator) -> list[AgentId]:
         if guest is not None:
             agent_id = await cli_site.guest_of(site, operator, guest)
             await operator.resume(agent_id, reason, accept_reboot=accept_reboot)
-            return
-        for agent_id in await stopped(operator):
+            return [agent_id]
+        halted = await stopped(operator)
+        for agent_id in halted:
             await resume_as_it_stopped(operator, agent_id, reason, accept_reboot=accept_reboot)
+        return halted
 
-    cli_site.as_tenant(own, resume)
+    resumed = cli_site.as_tenant(own, resume)
+    print(done(site, tenant, resumed, "resumed, judged anew in the next round") or "no guest has stopped")
 
 
 @app.command(
@@ -269,6 +273,13 @@ def guest_remove(guest: Guest, reason: OptionalReason = None, tenant: Tenant = N
 
 
 # --- helpers ----------------------------------------------------------------------------------------------
+
+
+def done(site: SiteSettings, tenant: str | None, guests: Sequence[AgentId], what: str) -> str:
+    """The line that says what was done with guests, and how to see what becomes of them; empty when there are none."""
+    names = cli_names.guest_names(site)
+    shown = [names.get(str(agent_id), str(agent_id)) for agent_id in guests]
+    return f"{', '.join(shown)}: {what}; next: {look_again(shown[0], cli_site.to_state(site, tenant))}" if shown else ""
 
 
 async def stopped(operator: TenantOperator) -> list[AgentId]:

@@ -12,7 +12,7 @@ import typer
 
 from harness import cli_names, cli_policy_view, cli_show, cli_site
 from harness.cli_help import AsJson, Guest, Lab, Reason, Tenant, examples, group
-from harness.cli_tenant_guest import resume_as_it_stopped, stopped
+from harness.cli_tenant_guest import done, resume_as_it_stopped, stopped
 from harness.errors import ConfigError, HarnessError
 
 if TYPE_CHECKING:
@@ -148,9 +148,13 @@ def policy_set(
         "guest": None if guest_policy is None else cli_site.read_policy(guest_policy),
         "host": None if host_policy is None else cli_site.read_policy(host_policy),
     }
-    refused = cli_site.as_tenant(own, _setting(site, guest, policies, reason, resume=resume))
+    results = cli_site.as_tenant(own, _setting(site, guest, policies, reason, resume=resume))
+    refused = {agent_id: error for agent_id, error in results.items() if error is not None}
     if guest is not None and refused:
         raise next(iter(refused.values()))
+    what = "reference values replaced, in force from the next round on"
+    accepted = [agent_id for agent_id in results if agent_id not in refused]
+    print(done(site, tenant, accepted, what) or "no reference values were replaced")
     if refused:
         from harness.console import say
 
@@ -184,7 +188,7 @@ def _setting(
             return error
         return None
 
-    async def everybody(operator: TenantOperator) -> dict[AgentId, HarnessError]:
+    async def everybody(operator: TenantOperator) -> dict[AgentId, HarnessError | None]:
         from harness.values import parse_agent_id
 
         chosen = (
@@ -193,8 +197,7 @@ def _setting(
             else [await cli_site.guest_of(site, operator, guest)]
         )
         halted = await stopped(operator) if resume else []
-        results = {agent_id: await one(operator, agent_id, halted) for agent_id in chosen}
-        return {agent_id: error for agent_id, error in results.items() if error is not None}
+        return {agent_id: await one(operator, agent_id, halted) for agent_id in chosen}
 
     return everybody
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness import cli_site
-from harness.errors import PeerUnreachable
+from harness.errors import Conflict, PeerUnreachable
 from tests.support.cli_operators import (
     AGENT_ID,
     ALARM,
@@ -73,6 +73,22 @@ def test_several_alarms_are_acknowledged_once_each(lab: Path, operator: Operator
     """`ack` takes several ids; one that is repeated counts once."""
     assert alice(lab, "alarms", "ack", "r12", "v7", "r12", *WHY) == 0
     assert operator.acts("acknowledge") == [("acknowledge", "r12", "ticket 4711"), ("acknowledge", "v7", "ticket 4711")]
+
+
+def test_all_acknowledges_what_is_listed(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--all` is for all tenants, says which alarms they were, and leaves alone what somebody else acknowledged."""
+    operator.answers["alarms"] = [ALARM, {**ALARM, "id": "v7"}]
+    operator.refusals["acknowledge"] = Conflict("it was acknowledged before")
+    assert everybody(lab, "alarms", "ack", "--all", *WHY) == 0
+    assert [act[1] for act in operator.acts("acknowledge")] == ["r12", "v7", "r12", "v7"]
+    assert capsys.readouterr().out == "alice: r12, v7 acknowledged\nbob: r12, v7 acknowledged\n"
+
+
+@pytest.mark.parametrize("words", [[], ["r12", "--all"]], ids=["neither", "both"])
+def test_ids_and_all_exclude_each_other(lab: Path, operator: Operator, words: list[str]) -> None:
+    """What is to be acknowledged is stated, once; else nothing is."""
+    assert alice(lab, "alarms", "ack", *words, *WHY) == 2
+    assert operator.asked == []
 
 
 @pytest.mark.parametrize("number", ["12", "x7", "v0", "v", "v-1", "v7x"])

@@ -114,6 +114,20 @@ def test_a_reboot_is_accepted_only_when_asked_for(lab: Path, operator: Operator)
     assert operator.acts("resume") == [("resume", AGENT_ID, "ticket 4711", True)]
 
 
+def test_what_was_done_is_said_with_the_next_step(
+    lab: Path, operator: Operator, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`resume` and `policy set` name the guest and the command that shows what became of it."""
+    step = "next: `harness tenant guest show web1 --wait 60 --tenant alice`"
+    assert alice(lab, "guest", "resume", "web1", *WHY) == 0
+    assert capsys.readouterr().out == f"web1: resumed, judged anew in the next round; {step}\n"
+    assert alice(lab, "policy", "set", "web1", "--host-policy", policy, *WHY) == 0
+    assert capsys.readouterr().out == f"web1: reference values replaced, in force from the next round on; {step}\n"
+    operator.answers["guests"] = []
+    assert alice(lab, "guest", "resume", "--all", *WHY) == 0
+    assert capsys.readouterr().out == "no guest has stopped\n"
+
+
 def test_a_guest_that_has_not_stopped_is_a_finding(lab: Path, operator: Operator) -> None:
     """The verifier's conflict ends with 1."""
     operator.refusal = Conflict("it is in state GET_QUOTE")
