@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +47,8 @@ def status(config: Config = None, url: DatabaseUrl = None, as_json: AsJson = Fal
 
     Writes nothing; services may use the database. Exits 1 when it is newer than this program.
     """
+    import asyncio
+
     from harness import console
     from harness.store_backup import schemas_in_use
 
@@ -81,6 +82,8 @@ def migrate(
 
     Older programs refuse the database from then on: make a backup first.
     """
+    import asyncio
+
     meant = _database(config, url)
     name = component or meant.component
     if name not in _COMPONENTS:
@@ -101,6 +104,8 @@ def backup(
     The file is as secret as the database: it may hold a payload key that is not delivered yet. With --config it says
     whose it is, and is not restored into another service's database.
     """
+    import asyncio
+
     from harness.store_backup import back_up
 
     meant = _database(config, url)
@@ -119,6 +124,8 @@ def restore(
     With --config a backup of another service is refused. What was there is kept beside it (SQLite) or beside the backup
     (PostgreSQL). An older schema is migrated when the service starts.
     """
+    import asyncio
+
     from harness.store_backup import restore as put_back
 
     meant = _database(config, url)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import signal
 
 import hypothesis
 import pytest
@@ -23,6 +24,9 @@ from tests.support import requirements
 from tests.support.databases import database_url, postgres, store_url
 
 __all__ = ["database_url", "postgres", "store_url"]
+
+# A shell that starts a run in the background has SIGINT ignored, and what tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("HARNESS_SEED") or secrets.randbelow(2**32))
 

@@ -238,9 +238,9 @@ async def test_a_locked_database_is_waited_for(site: TenantSite) -> None:
     ):
         await admit(site, operator)
         before = await until(verifier, attested=True)
-        holder = sqlite3.connect(site.folder / "verifier.db", isolation_level=None)
+        holder = sqlite3.connect(site.folder / "verifier.db", isolation_level=None, check_same_thread=False)
         try:
-            holder.execute("BEGIN IMMEDIATE")
+            await asyncio.to_thread(holder.execute, "BEGIN IMMEDIATE")  # who holds it now needs this loop to let go
             await until(verifier, attested=False, error="StoreError", layer="verifier")
             holder.execute("ROLLBACK")
         finally:
