@@ -73,7 +73,7 @@ def acts(entries: list[dict[str, Any]]) -> set[str]:
 def test_a_host_gets_another_tpm_and_all_guests_are_attested_again(lab: RunningLab) -> None:
     """Another id for this host, other keys for its guests and no others; each party's trail has its acts."""
     before, keys, ordered = host_ids(lab), lab.attestations(), orders(lab)
-    done = lab.run(*COMMAND[3:])
+    done = lab.run(*COMMAND[4:])
     assert done.returncode == 0, done.stderr + done.stdout
     after = host_ids(lab)
     assert after[0] != before[0]
@@ -101,7 +101,7 @@ def test_a_replacement_that_was_interrupted_is_completed(lab: RunningLab) -> Non
     before, replaced = host_ids(lab)[0], chips(lab)
     for said in ("host1 has another TPM", "alice: host", "runs with a vTPM"):
         interrupted(lab, said)
-    done = lab.run(*COMMAND[3:])
+    done = lab.run(*COMMAND[4:])
     assert done.returncode == 0, done.stderr + done.stdout
     assert f"going on with the replacement of host {before}" in done.stdout
     assert chips(lab) == replaced + 1
@@ -122,7 +122,7 @@ def test_a_tpm_that_was_replaced_by_hand_is_not_replaced_again(lab: RunningLab) 
         return hosts["host1"]["replacement"]
 
     announced_id = lab.until("the announcement", announced)
-    done = lab.run(*COMMAND[3:])
+    done = lab.run(*COMMAND[4:])
     assert done.returncode == 0, done.stderr + done.stdout
     assert chips(lab) == replaced + 1
     assert host_ids(lab)[0] == announced_id != before
