@@ -2,6 +2,7 @@
 
 Invariants:
     1. `record` writes in the caller's transaction: the act and its entry are committed together.
+    2. What changes nothing in a database has its entry there by itself (`Trail.keep`).
 
 Owner: the stores of the services; the table's class lives with the other tables of its database.
 """
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from harness import events
 from harness.audit import AuditEntry
+from harness.store import Store
 
 _SHOWN = 1000
 
@@ -45,3 +47,26 @@ async def entries(session: AsyncSession, table: type[AuditColumns]) -> list[Audi
         AuditEntry(at=row.at, who=row.who, action=row.action, subject=row.subject, reason=row.reason)
         for row in reversed(list(rows))
     ]
+
+
+class Trail:
+    """The part of a store that keeps and shows its database's audit trail.
+
+    Args:
+        store: the database.
+        table: its audit table.
+    """
+
+    def __init__(self, store: Store, table: type[AuditColumns]) -> None:
+        self._store = store
+        self._trail = table
+
+    async def keep(self, entry: AuditEntry) -> None:
+        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
+        async with self._store.begin() as session:
+            record(session, self._trail, entry)
+
+    async def audit(self) -> list[AuditEntry]:
+        """The newest audit entries, oldest first. *Cancellation:* nothing has happened."""
+        async with self._store.begin() as session:
+            return await entries(session, self._trail)

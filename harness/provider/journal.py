@@ -24,6 +24,7 @@ from sqlalchemy import delete, select
 
 from harness import audit_store
 from harness.audit import AuditEntry
+from harness.audit_store import Trail
 from harness.errors import CloneSuspected, Conflict, NotFound
 from harness.provider.tables import HostAuditRow, IssuedCertificate, SeenVtpm
 from harness.store import Store
@@ -40,7 +41,7 @@ class Seen:
     run: str | None
 
 
-class Journal:
+class Journal(Trail):
     """The journal of one host.
 
     Args:
@@ -49,7 +50,7 @@ class Journal:
     """
 
     def __init__(self, store: Store, *, now: Callable[[], float] = time.time) -> None:
-        self._store = store
+        super().__init__(store, HostAuditRow)
         self._now = now
 
     async def record(self, agent_id: AgentId, kind: str, spki_digest: bytes, serial: int) -> None:
@@ -125,16 +126,6 @@ class Journal:
                 row.released_at, row.reason = at, reason
             entry = AuditEntry(at=at, who=who, action="vtpm-release", subject=str(agent_id), reason=reason)
             audit_store.record(session, HostAuditRow, entry)
-
-    async def keep(self, entry: AuditEntry) -> None:
-        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
-        async with self._store.begin() as session:
-            audit_store.record(session, HostAuditRow, entry)
-
-    async def audit(self) -> list[AuditEntry]:
-        """The newest audit entries of this host, oldest first. *Cancellation:* nothing has happened."""
-        async with self._store.begin() as session:
-            return await audit_store.entries(session, HostAuditRow)
 
     async def rsa_eks(self) -> dict[AgentId, bytes]:
         """SHA-256 of the SubjectPublicKeyInfo of every guest's certified RSA EK."""

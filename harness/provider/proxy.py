@@ -67,7 +67,7 @@ async def open_records(url: str) -> AsyncIterator[Records]:
             raise StoreError(f"the provider's database holds a row that is not understood: {error.detail}") from error
 
     try:
-        yield Records(load=load, audit=RegistrarStore(store).record)
+        yield Records(load=load, audit=RegistrarStore(store).keep)
     finally:
         await store.close()
 

@@ -184,7 +184,7 @@ class ProviderRegistrar:
             identities = identities_of(settings.tls)
             health = Health()
             health.check("database", lambda: check_database(store))
-            app = application("provider-registrar", registrar.routes, identities, health=health, audit=records.record)
+            app = application("provider-registrar", registrar.routes, identities, health=health, audit=records.keep)
             async with serve(app, settings.tls, sock or settings.listen) as server:
                 authorities = TenantAuthorities(identities, server.context)
                 authorities.follow(await records.authorities())

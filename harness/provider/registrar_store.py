@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from harness import audit_store
 from harness.audit import AuditEntry
+from harness.audit_store import Trail
 from harness.errors import CloneSuspected, Conflict, KeyChanged, NotFound, NotYourGuest
 from harness.provider.admission import GuestRecord, Snapshot
 from harness.provider.stream import parse_allowlist
@@ -66,7 +67,7 @@ async def load_snapshot(store: Store) -> Snapshot:
     )
 
 
-class RegistrarStore:
+class RegistrarStore(Trail):
     """The provider registrar's tables.
 
     Args:
@@ -74,7 +75,7 @@ class RegistrarStore:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        super().__init__(store, AuditRow)
 
     # --- tenants ------------------------------------------------------------------------------------------
 
@@ -229,18 +230,6 @@ class RegistrarStore:
             row = await _registrable(session, agent_id, tenant, contact)
             row.ek, row.ak = contact.ek, contact.ak
             row.ip, row.port, row.mtls_cert = contact.ip, contact.port, contact.mtls_cert
-
-    # --- audit --------------------------------------------------------------------------------------------
-
-    async def record(self, entry: AuditEntry) -> None:
-        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
-        async with self._store.begin() as session:
-            audit_store.record(session, AuditRow, entry)
-
-    async def audit(self) -> list[AuditEntry]:
-        """The newest audit entries, oldest first. *Cancellation:* nothing has happened."""
-        async with self._store.begin() as session:
-            return await audit_store.entries(session, AuditRow)
 
 
 async def _owned(session: AsyncSession, agent_id: AgentId, tenant: str) -> Guest:

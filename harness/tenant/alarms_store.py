@@ -18,6 +18,7 @@ from sqlalchemy import select
 
 from harness import audit_store
 from harness.audit import AuditEntry
+from harness.audit_store import Trail
 from harness.errors import Conflict, NotFound
 from harness.store import Store
 from harness.tenant.ports import Alarm
@@ -60,7 +61,7 @@ class AlarmRecord:
         }
 
 
-class AlarmStore:
+class AlarmStore(Trail):
     """Alarms and audit entries of one database.
 
     Args:
@@ -68,7 +69,7 @@ class AlarmStore:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        super().__init__(store, AuditRow)
         self.alarmed = asyncio.Event()
         """Set when an alarm was added here."""
 
@@ -121,16 +122,6 @@ class AlarmStore:
             entry = AuditEntry(at=at, who=who, action="alarm-acknowledge", subject=f"alarm {number}", reason=reason)
             audit_store.record(session, AuditRow, entry)
             return _record(row)
-
-    async def record(self, entry: AuditEntry) -> None:
-        """Keeps the audit entry of an act that changes nothing in this database. *Cancellation:* it is kept or not."""
-        async with self._store.begin() as session:
-            audit_store.record(session, AuditRow, entry)
-
-    async def audit(self) -> list[AuditEntry]:
-        """The newest audit entries, oldest first. *Cancellation:* nothing has happened."""
-        async with self._store.begin() as session:
-            return await audit_store.entries(session, AuditRow)
 
 
 def _record(row: AlarmRow) -> AlarmRecord:

@@ -147,7 +147,7 @@ class TenantVerifier:
                     [*agent_routes(agents), *alarm_routes(AlarmStore(store))],
                     identities_of(own_tls),
                     health=_health(store),
-                    audit=AlarmStore(store).record,
+                    audit=AlarmStore(store).keep,
                 )
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)
