@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import cli_policy_view, cli_show
 from harness.cli_advice import step_for, with_tenant
+from harness.tenant.states import STOPPED_NAMES
 
 Entry = Mapping[str, Any]
 
@@ -20,7 +21,6 @@ _COLUMNS = ("guest", "name", "state", "attested", "payload", "why")
 _WIDE_COLUMNS = ("guest", "name", "host", "state", "attested", "rounds", "payload", "why")
 _VERDICT_COLUMNS = ("when", "verdict", "layer", "check", "error")
 _DELIVERS = "PROVIDE_V"
-STOPPED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED"})
 
 
 def whole(found: Entry, policy: Entry | None) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _why(guest: Entry, attestation: Entry | None, now: float) -> str:
     if attestation is None:
         return "it has registered and is not under attestation"
     state, found = cli_show.text(attestation.get("state")), finding(attestation)
-    if state in STOPPED or found:
+    if state in STOPPED_NAMES or found:
         detail = attestation.get("detail")
         return f"{state}{', ' if found else ''}{found}" + (f": {detail}" if detail else "")
     success = _success(attestation)
@@ -126,7 +126,7 @@ def what_to_do(shown: Entry, name: str) -> str | None:
     if attestation is None:
         return f"`harness tenant guest add {name}` puts it under attestation"
     state = attestation.get("state")
-    if state not in STOPPED:
+    if state not in STOPPED_NAMES:
         return None  # the verifier goes on by itself
     step = step_for(attestation.get("error"), guest=name, host=host)
     return step if step and name in step else step_for(state, guest=name, host=host)  # a guest that stopped is resumed

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import cli_guest_view, cli_names, cli_show, cli_site
+from harness import cli_names, cli_show, cli_site
 from harness.cli_help import AsJson, Lab, Reason, Tenant, examples
 from harness.errors import ConfigError, Conflict, HarnessError
+from harness.tenant.states import STOPPED_NAMES
 
 if TYPE_CHECKING:
     from harness.config import SiteSettings, TenantSite
@@ -263,6 +264,6 @@ async def _accepted_reboots(operator: TenantOperator, found: list[Mapping[str, A
     for agent_id in {alarm["agent_id"] for alarm in found if alarm.get("kind") == _REBOOT and alarm.get("agent_id")}:
         with contextlib.suppress(HarnessError):  # then nothing is known about it
             session = await operator.attestation(parse_agent_id(agent_id))
-            if session.get("state") not in cli_guest_view.STOPPED or session.get("error") != _REBOOT:
+            if session.get("state") not in STOPPED_NAMES or session.get("error") != _REBOOT:
                 accepted.add(agent_id)
     return accepted

@@ -23,6 +23,7 @@ from harness.cli_help import (
     seconds,
 )
 from harness.errors import ConfigError, Conflict, NotFound
+from harness.tenant.states import STOPPED_NAMES, State
 
 if TYPE_CHECKING:
     from harness.config import SiteSettings, TenantSite
@@ -43,8 +44,7 @@ Wait = Annotated[
     typer.Option(metavar="SECONDS", help="How long to wait for its registration.", callback=seconds()),
 ]
 
-ENDED = frozenset({"FAILED", "INVALID_QUOTE", "TENANT_FAILED", "TERMINATED"})
-"""States that only an operator ends."""
+_ENDED = STOPPED_NAMES | {State.TERMINATED.name}
 _HOW = ("guest_policy", "host_policy", "guest_only", "provider_verifier", "every", "interval", "allow_reboots")
 """Options of `guest add` that say how a guest is attested."""
 _CHECK_OF_CLOCKS = 10
@@ -289,7 +289,7 @@ async def stopped(operator: TenantOperator) -> list[AgentId]:
     return [
         parse_agent_id(guest["agent_id"])
         for guest in await operator.guests()
-        if (guest.get("attestation") or {}).get("state") in ENDED
+        if (guest.get("attestation") or {}).get("state") in _ENDED
     ]
 
 
@@ -331,7 +331,7 @@ async def _judged(operator: TenantOperator, agent_id: AgentId, wait_s: float) ->
     while True:
         guest = await operator.guest(agent_id)
         session = guest["attestation"] or {}
-        if session.get("attested") or session.get("state") in ENDED or time.monotonic() >= until:
+        if session.get("attested") or session.get("state") in _ENDED or time.monotonic() >= until:
             return guest
         await asyncio.sleep(_POLL_S)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import config
-from harness.errors import HarnessError
+from harness.errors import HarnessError, SimulationError
 from harness.lab_control import LabControl
 from harness.lab_topology import SITE_FILE
 from harness.unix_client import ask
@@ -82,8 +82,14 @@ async def _until_running(manager: Path) -> list[Mapping[str, Any]]:
     return guests or []
 
 
-async def domains(manager: Path) -> list[Mapping[str, Any]]:
-    """What a guest manager says of its guests. Raises HarnessError when it does not answer."""
-    answer = await ask(manager, {"op": "list"}, deadline_s=_ASK_S)
-    found = answer.get("domains")
-    return [domain for domain in found if isinstance(domain, dict)] if isinstance(found, list) else []
+async def domains(manager: Path, *, deadline_s: float = _ASK_S) -> list[Mapping[str, Any]]:
+    """What a guest manager says of its guests.
+
+    Raises:
+        SimulationError: its answer has another form.
+        HarnessError: it does not answer.
+    """
+    match await ask(manager, {"op": "list"}, deadline_s=deadline_s):
+        case {"domains": [*found]}:
+            return [domain for domain in found if isinstance(domain, dict)]
+    raise SimulationError(f"{manager}: the answer has no list of domains")

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from harness.config import SiteSettings
 from harness.errors import AccessDenied, DeadlineExceeded, EnrolmentError, HarnessError, NotFound, SimulationError
 from harness.lab_decoy import Decoy
+from harness.lab_hosts import domains
 from harness.lab_outcome import GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan
 from harness.lab_record import LabRecord
@@ -36,7 +37,7 @@ from harness.pki import Role
 from harness.provider.operator import ProviderOperator
 from harness.tenant.operator import TenantOperator
 from harness.tenant.order import GuestContact, Order
-from harness.tenant.states import STOPPED, State
+from harness.tenant.states import STOPPED_NAMES, State
 from harness.unix_client import ask
 from harness.values import AgentId, HostId, parse_agent_id, parse_host_id
 
@@ -53,7 +54,6 @@ _SOON_S = 30.0
 _ALLOWED_S = 10.0
 _POLL_S = 0.05
 _PARALLEL = 8
-_ENDED = frozenset(state.name for state in STOPPED)
 _DELIVERING = frozenset({State.PROVIDE_V.name, State.PROVIDE_V_RETRY.name})
 
 
@@ -186,7 +186,7 @@ class Onboarding:
             await self.patiently(
                 lambda: self.provider.define_guest(guest.agent_id, guest.tenant, self._hosts[guest.host], guest.name)
             )
-            defined = await self.patiently(lambda: _domains(host.guest_manager))
+            defined = await self.patiently(lambda: _uuids(host.guest_manager))
             image = host.guests / str(guest.agent_id) / "image" / "agent.yml"
             if str(guest.agent_id) not in defined:
                 image = await asyncio.to_thread(write_image, self._site, guest, guest.host)
@@ -278,7 +278,7 @@ class Onboarding:
             delivered = payload is None or (view["payload_released"] and view["state"] != State.PROVIDE_V.name)
             if contact is None:  # its order was given by an earlier run, perhaps before there was a payload
                 delivered = view["state"] not in _DELIVERING
-            if view["state"] in _ENDED or (believed and delivered):
+            if view["state"] in STOPPED_NAMES or (believed and delivered):
                 has_payload = await asyncio.to_thread(self._has_payload, guest, payload)
                 return GuestOutcome.attested(
                     guest, view, has_payload, expected=payload is not None and contact is not None
@@ -343,7 +343,7 @@ class Onboarding:
             with contextlib.suppress(NotFound):  # it was never stated
                 await operator.remove_guest(agent_id, reason)
         for host in self._site.hosts.values():
-            if str(agent_id) in await _domains(host.guest_manager):
+            if str(agent_id) in await _uuids(host.guest_manager):
                 await ask(host.guest_manager, {"op": "undefine", "uuid": str(agent_id)}, deadline_s=_GUEST_S)
         await self.provider.remove_guest(agent_id, reason)
 
@@ -371,9 +371,6 @@ class Onboarding:
                 await asyncio.sleep(2 * _POLL_S)
 
 
-async def _domains(manager: Path) -> frozenset[str]:
+async def _uuids(manager: Path) -> frozenset[str]:
     """UUIDs of the domains that a guest manager knows."""
-    match await ask(manager, {"op": "list"}, deadline_s=READY_S):
-        case {"domains": [*domains]}:
-            return frozenset(str(domain.get("uuid")) for domain in domains if isinstance(domain, dict))
-    raise SimulationError(f"{manager}: the answer has no list of domains")
+    return frozenset(str(domain.get("uuid")) for domain in await domains(manager, deadline_s=READY_S))

@@ -263,9 +263,7 @@ class TenantRegistrar:
                     group.create_task(notifier.run(), name="notifier")
                 health = Health()
                 health.check("database", lambda: check_database(store))
-                app = application(
-                    "tenant-registrar", routes, identities_of(own_tls), health=health, audit=alarms.keep
-                )
+                app = application("tenant-registrar", routes, identities_of(own_tls), health=health, audit=alarms.keep)
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)
                     await asyncio.Event().wait()

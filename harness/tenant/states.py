@@ -119,6 +119,9 @@ ACTIVITIES = frozenset(
 STOPPED = frozenset({State.FAILED, State.INVALID_QUOTE, State.TENANT_FAILED})
 """Left only by an operator's resume (DESIGN 3.8), or by deletion."""
 
+STOPPED_NAMES = frozenset(state.name for state in STOPPED)
+"""The same, as views and people name them."""
+
 ACTIVE = frozenset(
     {
         State.GET_QUOTE,
