@@ -90,13 +90,19 @@ class TlsSettings(Settings):
 
 
 class BatchSettings(Settings):
-    """Bounds of the batcher (DESIGN 4): waiters in all pools, pools, waiters per tenant, and an optional linger."""
+    """Bounds of the batcher (DESIGN 4): waiters in all pools, pools, waiters per tenant, and an optional linger.
+
+    ``strategy`` says who shares a quote: ``batched`` (all who wait when the TPM is free), and for comparison ``single``
+    (nobody) and ``window`` (all who come while it sleeps ``window_s``).
+    """
 
     pool_size: Annotated[Whole, Field(ge=1, le=1 << 19)] = 65_536
     max_pools: Annotated[Whole, Field(ge=1, le=64)] = 8
     tenant_share: Annotated[Whole, Field(ge=1)] = 1_024
     linger_s: Annotated[float, Strict(), Field(ge=0, le=60)] = 0.0
     tree: Literal["rfc9162", "merklelib"] = "rfc9162"
+    strategy: Literal["batched", "single", "window"] = "batched"
+    window_s: Annotated[float, Strict(), Field(gt=0, le=60)] = 10.0
 
 
 class HostAgentSettings(ServiceSettings):

@@ -7,7 +7,8 @@
       ProtocolError               MalformedMessage, UnsupportedVersion, MessageTooLarge
       TransportError              PeerUnreachable, DeadlineExceeded, CertificateExpired  (retryable), PeerRefusedUs,
                                   LocalRefusal
-      Overloaded                  PoolFull, ShareExhausted, ShuttingDown, NotReady     (retryable, retry_after_s)
+      Overloaded                  PoolFull, ShareExhausted, WouldBeLate, ShuttingDown, NotReady
+                                  (retryable, retry_after_s)
       Refused                     NotYourGuest (unknown ones too), GuestNotHere, SelectionNotAllowed, AccessDenied
       BatchFailed                 carries batch id and cause                           (retryable)
       TpmError                    DeviceUnavailable, DeviceFault (response code), CapabilityMissing
@@ -145,6 +146,10 @@ class PoolFull(Overloaded):
 
 class ShareExhausted(Overloaded):
     """This tenant has as many requests waiting as it may."""
+
+
+class WouldBeLate(Overloaded):
+    """The request cannot be served in the time in which an answer is of use: refused at once rather than late."""
 
 
 class ShuttingDown(Overloaded):

@@ -75,12 +75,15 @@ class PendingQuote:
         tenant: whose request it is.
         requester: SHA-256 of the client certificate's public key (DESIGN 3.2), from the connection.
         allowlist: the PCRs that this tenant may see on this host.
+        wait_s: seconds from its arrival at the batcher in which an answer is of use; a tenant gives up after 30
+            (DESIGN 3.5, check 1).
     """
 
     request: QuoteRequest
     tenant: str
     requester: bytes
     allowlist: PcrSelection
+    wait_s: float = 30.0
 
     def __post_init__(self) -> None:
         if len(self.requester) != 32:

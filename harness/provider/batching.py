@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from harness.errors import GuestNotHere, NotReady
 from harness.merkle import InclusionProof
@@ -77,6 +77,8 @@ class BatchReport:
         quote_s: the TPM's time, PCR values included.
         waiting: requests that wait for a later batch.
         outcome: ``quoted``, ``nobody left`` or the name of the error.
+        strategy: as in the settings (``batched``, ``single``, ``window``).
+        waits_s: how long each member that was still there had waited when its answer was given; not in the event.
     """
 
     batch_id: str
@@ -89,6 +91,12 @@ class BatchReport:
     quote_s: float
     waiting: int
     outcome: str
+    strategy: str = "batched"
+    waits_s: tuple[float, ...] = field(default=(), repr=False)
+
+    def event(self) -> dict[str, Any]:
+        """Its members in the event stream."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "waits_s"}
 
 
 class Bounds(Protocol):

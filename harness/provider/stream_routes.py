@@ -12,7 +12,6 @@ Spec: DESIGN 4; docs/protocol.md, stream.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 
 from aiohttp import WSCloseCode, web
 
@@ -84,7 +83,7 @@ class Quoting:
     def _observe(self, report: BatchReport) -> None:
         if report.requests:
             self._last_fault = None if report.tpm_quotes else report.outcome
-        events.emit("batch", **asdict(report))
+        events.emit("batch", **report.event())
 
     async def run(self) -> None:
         """Owns the pools; ends as `Batcher.run` does.

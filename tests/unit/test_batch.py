@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from harness import merkle, protocol
 from harness.provider.batch import RFC9162, PendingQuote, Pool, SealedBatch, TreeBuilder, Waiter, seal
+from harness.provider.batching import BatchReport
 from harness.provider.merklelib_tree import MERKLELIB, MerklelibTree
 from harness.values import HashAlg, PcrSelection
 from tests.support.pendings import a_request, agent, allow
@@ -216,6 +218,16 @@ def test_the_vtpm_is_in_the_leaf(rng: random.Random) -> None:
         for ek in (b"e" * 32, b"f" * 32)
     }
     assert root_of[b"e" * 32] == batch.tree.root != root_of[b"f" * 32]
+
+
+def test_a_batch_event_leaves_out_how_long_each_waited() -> None:
+    """A line of the log is short whatever the size of the batch; everything else of the report is in it."""
+    report = BatchReport(
+        batch_id="1", requests=2, refused=0, tree_size=16, tpm_quotes=1, waited_s=0.5, sealing_s=0.1, quote_s=0.2,
+        waiting=0, outcome="quoted", waits_s=(0.7, 0.8),
+    )  # fmt: skip
+    assert report.event() == {key: value for key, value in asdict(report).items() if key != "waits_s"}
+    assert report.event()["strategy"] == "batched"
 
 
 def test_a_batch_needs_a_member(rng: random.Random) -> None:

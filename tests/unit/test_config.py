@@ -78,7 +78,13 @@ def test_defaults(tmp_path: Path) -> None:
     settings = config.load(written(tmp_path, AGENT), config.HostAgentSettings)
     assert settings.listen == config.Listen()
     assert settings.batch == config.BatchSettings(
-        pool_size=65_536, max_pools=8, tenant_share=1_024, linger_s=0.0, tree="rfc9162"
+        pool_size=65_536,
+        max_pools=8,
+        tenant_share=1_024,
+        linger_s=0.0,
+        tree="rfc9162",
+        strategy="batched",
+        window_s=10.0,
     )
     assert (settings.ak, settings.registrar, settings.public_url) == ("rsa2048", None, None)
 
