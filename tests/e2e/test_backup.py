@@ -23,7 +23,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.schemas import HOST, OLD, PROVIDER, TENANT, Component, old_database
 
 PROGRAMS = {"tenant": TENANT.schema, "provider": PROVIDER.schema, "host-agent": HOST.schema}
-WAIT_S = 60
+WAIT_S = 240
 
 
 async def write(store: Store, *details: str) -> None:

@@ -170,7 +170,7 @@ def test_the_command_knows_each_service_by_its_settings(tmp_path: Path, made_by:
     before = (tmp_path / f"{given_to}.db").read_bytes()
     refused = subprocess.run(
         [sys.executable, "-m", "harness", "db", "restore", "--config", files[given_to], "--from", made],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"{made} {said.format(file=files[given_to])}" in refused.stderr

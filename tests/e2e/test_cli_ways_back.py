@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 HARNESS = str(Path(sys.executable).parent / "harness")
 TOPOLOGY = """
@@ -29,7 +29,7 @@ tenants:
     allow_reboots: false
     guests: {web1: {}}
 """
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 WHY = ("--reason", "ticket 4711")
 
 

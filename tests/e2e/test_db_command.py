@@ -30,7 +30,7 @@ def harness(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "harness", "db", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         env={**os.environ, **environ},
     )
@@ -68,7 +68,7 @@ def test_a_newer_database_is_a_finding(config: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2]);"
          " c.commit()", tmp_path / "t.db", "UPDATE alembic_version_tenant SET version_num = '0099'"],
-        check=True, timeout=60,
+        check=True, timeout=240,
     )  # fmt: skip
     looked = harness("status", "--config", config)
     assert (looked.returncode, "newer than this program, which refuses it" in looked.stdout) == (1, True)

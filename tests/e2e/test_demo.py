@@ -18,7 +18,7 @@ from harness.lab_plan import TAMPER_CASES
 from tests.support.processes import left_by
 
 pytestmark = pytest.mark.needs_swtpm
-_DEADLINE_S = 240
+_DEADLINE_S = 600
 _MOST_QUOTES = 3
 
 REFUSALS: dict[str, tuple[str, int | None, str]] = {
@@ -95,7 +95,7 @@ def test_options_that_make_no_lab_are_refused_at_once(tmp_path: Path, options: l
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
@@ -116,7 +116,7 @@ def test_an_interrupted_demo_leaves_neither_files_nor_processes(number: signal.S
             try:
                 _until_manufacturing(folder, demo)
                 demo.send_signal(number)
-                _, said = demo.communicate(timeout=60)
+                _, said = demo.communicate(timeout=240)
             finally:
                 demo.kill()
         assert (demo.returncode, list(folder.iterdir()), left_by(folder)) == (130, [], {}), said

@@ -13,8 +13,8 @@ import pytest
 from tests.support import docs
 from tests.support.tours import BIN, run_blocks
 
-TIME_LIMIT_S = 100
-TOUR_LIMIT_S = 600
+TIME_LIMIT_S = 400
+TOUR_LIMIT_S = 1200
 FOLDER_IN_DOCS = "~/lab"
 BLOCKS = docs.blocks("console")
 TOURS = sorted({block.file for block in BLOCKS if block.tour})

@@ -62,7 +62,7 @@ def verified(units: list[Path], folder: Path) -> tuple[int, list[str]]:
         text = path.read_text(encoding="utf-8").replace("/opt/harness/.venv/bin/harness", str(BIN / "harness"))
         (folder / path.name).write_text(text, encoding="utf-8")
     command = ["systemd-analyze", "verify", "--man=no", *(str(folder / path.name) for path in units)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ})
     lines = [line for line in done.stderr.splitlines() if str(folder) in line or "harness-" in line]
     return done.returncode, [line for line in lines if not any(f"'{key}'" in line for key in NEWER)]
 

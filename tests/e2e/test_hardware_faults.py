@@ -31,7 +31,7 @@ from tests.support.tpms import AUTH, PCRS_0_TO_7, DeviceSettings, short_folder
 
 pytestmark = pytest.mark.needs_swtpm
 AK = 0x81010002
-END_S = 30.0
+END_S = 120.0
 STATE = "tpm2-00.permall"
 
 

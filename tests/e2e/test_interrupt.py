@@ -43,7 +43,7 @@ def test_an_interrupt_while_modules_are_loaded_is_quiet(module: str) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == b"importing\n"
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=240)
         finally:
             process.kill()
     assert (process.returncode, said) == (130, b"")

@@ -20,7 +20,7 @@ from tests.support import design_client
 from tests.support.processes import left_by, processes_of
 from tests.support.running_lab import TOPOLOGY, RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 OTHER_SETTINGS = """\
 hosts: {host1: {chip: swtpm}}
@@ -78,7 +78,7 @@ def test_a_client_written_from_the_design_gets_and_verifies_a_quote(lab: Running
     """``status --json`` and docs/design.md are enough; the client imports nothing of the harness."""
     status = lab.run("lab", "status", "--json").stdout
     command = [sys.executable, "-I", str(Path(design_client.__file__))]
-    done = subprocess.run(command, input=status, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=status, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verified"] is True
     assert "harness" not in [line.split()[1] for line in _imports(Path(design_client.__file__))]
@@ -101,7 +101,7 @@ def test_a_second_supervisor_is_refused(lab: RunningLab) -> None:
     """The folder's lock keeps it out with one sentence, and the lab goes on."""
     before = lab.pids()
     command = [sys.executable, "-m", "harness.lab_supervisor", str(lab.state), str(lab.folder / "lab.yml")]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "another supervisor runs the lab" in json.loads(done.stdout)["detail"]
     assert lab.pids() == before
@@ -236,7 +236,7 @@ def test_an_interrupted_up_is_completed_by_the_next_one() -> None:
             with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as up:
                 lab.until("a guest", lambda: list(lab.state.glob("h/*/guests/*/domain.json")), 60)
                 up.send_signal(signal.SIGINT)
-                _, said = up.communicate(timeout=60)
+                _, said = up.communicate(timeout=240)
             assert (up.returncode, "Traceback" in said) == (130, False), said
             lab.up()
         finally:
@@ -305,10 +305,10 @@ def test_a_folder_with_something_else_in_it_is_not_wiped() -> None:
 def test_an_example_is_written_once(tmp_path: Path) -> None:
     """`lab init` writes a lab.yml that is one, and leaves one that is there alone."""
     command = [sys.executable, "-m", "harness", "lab", "init"]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert (first.returncode, (tmp_path / "lab.yml").read_text()[:7]) == (0, "# A lab"), first.stderr
     (tmp_path / "lab.yml").write_text("mine")
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert (second.returncode, (tmp_path / "lab.yml").read_text()) == (2, "mine")
     assert "exists" in second.stderr
 

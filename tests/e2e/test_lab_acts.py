@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

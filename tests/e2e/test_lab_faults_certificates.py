@@ -16,7 +16,7 @@ from tests.support.lab_faults import Eye, alarms, enrolled, tracebacks
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 SHORT_S = 20.0
 """Long enough for all connections to be made anew with it."""

@@ -19,7 +19,7 @@ from tests.support.lab_faults import Eye, alarms, enrolled, tracebacks
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.needs_cc, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.needs_cc, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}
@@ -43,7 +43,7 @@ class Clock:
         self._file = folder / "offset"
         self.set(0)
         library = folder / "clock.so"
-        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(SOURCE)], check=True, timeout=60)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(SOURCE)], check=True, timeout=240)
         self.environment = {"LD_PRELOAD": str(library), "HARNESS_TEST_CLOCK": str(self._file)}
 
     def set(self, offset_s: int) -> None:

@@ -16,7 +16,7 @@ from tests.support.lab_faults import Eye, damaged, databases, enrolled, mounted,
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 LOCKED_S = 15.0
 SETTINGS = {

@@ -14,7 +14,7 @@ from tests.support.lab_faults import Eye, damaged, enrolled, full, mounted, trac
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.needs_mount, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.needs_mount, pytest.mark.timeout(900)]
 
 DISK = "64m"
 

@@ -14,7 +14,7 @@ from tests.support.lab_faults import enrolled, tracebacks
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}, host2: {chip: swtpm}}

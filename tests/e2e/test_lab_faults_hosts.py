@@ -20,9 +20,9 @@ from tests.support.lab_faults import Eye, alarms, enrolled, tracebacks
 from tests.support.processes import left_by
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
-BACK_S = 90.0
+BACK_S = 240.0
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.support.lab_faults import enrolled, tracebacks
 from tests.support.processes import left_by, processes_of
 from tests.support.running_lab import COMMAND_S, RunningLab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}

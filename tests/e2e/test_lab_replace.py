@@ -15,7 +15,7 @@ import pytest
 from harness.sim.control import ask
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(1200)]
 
 WHY = ("--reason", "board replaced, ticket 4711")
 TOPOLOGY = """\

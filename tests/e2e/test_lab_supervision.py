@@ -22,7 +22,7 @@ from harness.lab_site import ServiceFile
 from harness.lab_supervision import Supervision
 from harness.pki import Authority, Role
 
-_DEADLINE_S = 30.0
+_DEADLINE_S = 120.0
 
 
 @pytest.fixture

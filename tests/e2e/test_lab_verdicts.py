@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.running_lab import RunningLab, running_lab
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 _GOOD = """\
 hosts: {host1: {chip: swtpm}}

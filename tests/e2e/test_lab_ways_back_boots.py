@@ -15,7 +15,7 @@ from harness.config import SiteSettings, load
 from harness.peer import PeerClient
 from tests.support.ways_back import WHY, WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}

@@ -21,7 +21,7 @@ from harness.provider.keys import AK_HANDLES, CA_HANDLE
 from tests.support import forge
 from tests.support.ways_back import WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}
@@ -161,7 +161,7 @@ def _evicted(lab: WaysBack, handle: int) -> bool:
     """Removes a persistent key with tpm2-tools; an agent that starts over may have the TPM just then."""
     device = f"swtpm:path={lab.state / 'h' / 'host1' / 't'}"
     command = ["tpm2_evictcontrol", "-Q", "-T", device, "-c", f"{handle:#x}"]
-    done = subprocess.run(command, check=False, timeout=60, stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run(command, check=False, timeout=240, stdin=subprocess.DEVNULL, capture_output=True)
     return done.returncode == 0
 
 

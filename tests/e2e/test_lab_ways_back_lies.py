@@ -17,7 +17,7 @@ from harness.pki import Authority, Role
 from tests.support.interposed import Answer, Interposed
 from tests.support.ways_back import WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.ways_back import WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 TOPOLOGY = """\
 hosts: {host1: {chip: swtpm}}

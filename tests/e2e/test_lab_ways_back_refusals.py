@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 from tests.support.interposed import Interposed
 from tests.support.ways_back import WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 PATIENCE_S = 2.0
 FOR_EVER_S = 3600.0

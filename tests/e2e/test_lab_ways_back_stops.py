@@ -14,7 +14,7 @@ import yaml
 
 from tests.support.ways_back import WHY, WaysBack, raises, ways_back
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 PATIENCE_S = 3.0
 TOPOLOGY = """\

@@ -20,7 +20,7 @@ import pytest
 from harness.provider import localca
 from tests.support.tpms import short_folder
 
-TIME_S = 20.0
+TIME_S = 120.0
 VMID = "vm-1:80000000-0000-0000-0000-000000000abc"
 CERTIFICATE = b"0\x82 stands for DER"
 GRANTED = json.dumps({"certificate": base64.b64encode(CERTIFICATE).decode()}).encode() + b"\n"

@@ -55,7 +55,7 @@ def test_threads_do_not_mix_their_lines(path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=240)
     log.close()
     lines = [line for file in path.parent.iterdir() for line in file.read_text().splitlines()]
     assert sorted(lines) == sorted(mark * 50 + str(n) for mark in "abcd" for n in range(300))
@@ -92,7 +92,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 log.write("last")
 """
     path = tmp_path / "x.log"
-    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=240)
     first, half, told, last = path.read_text().splitlines()
     assert (first, half, last) == ("first", "lost", "last")
     assert json.loads(told) == {"event": "log_lines_lost", "level": "error", "count": 3, "service": "test"}
@@ -112,7 +112,7 @@ print("printed after", flush=True)
 raise SystemError("traceback after")
 """
     path = tmp_path / "x.log"
-    ended = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=60, capture_output=True)
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=240, capture_output=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
     old, new = path.with_name("x.log.1").read_text(), path.read_text()
     assert old.splitlines() == ["before", "x" * 200]

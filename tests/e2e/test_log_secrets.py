@@ -16,7 +16,7 @@ import pytest
 from harness.events import read_events
 from harness.lab_plan import DEMO_PAYLOAD
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 RUN = re.compile(r"[A-Za-z0-9+/=]{20,}")
 """What a nonce, a digest, a key, a share or a quote looks like as hex, base64 or letters and digits: Keylime's nonces
 are 20 characters, ours 64. UUIDs, times and names have dashes, points or colons earlier than that."""

@@ -15,7 +15,7 @@ from tests.support.stop_lab import started
 from tests.support.tenant_site import TENANT, new_tenant_site
 from tests.support.tenant_wire import AGENT
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 
 
 async def ends_with(folder: Path, service: str, settings: Settings, port: int) -> None:

@@ -44,7 +44,7 @@ from tests.support.enrolment_parties import SoftVtpm
 from tests.support.pendings import agent, allow
 from tests.support.provider_lab import Pki
 
-TIME_S = 30.0
+TIME_S = 120.0
 HOST, OTHER_HOST = HostId(agent(0xA01)), HostId(agent(0xA02))
 GUEST, OTHER, STRANGERS = agent(0xABC), agent(0xABD), agent(0xABE)
 HOST_SHOWN = {"host_id": str(HOST), "name": "host-1", "url": "https://host-1:1", "replacement": None}

@@ -29,7 +29,7 @@ from tests.support.service_process import ServiceProcess, free_port, serving
 from tests.support.tpms import short_folder
 from tests.unit.test_guest_enrolment import ACT
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 class Site:

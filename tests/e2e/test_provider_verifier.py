@@ -60,7 +60,7 @@ async def client(
 ) -> AsyncIterator[tuple[PeerClient, bytes]]:
     """A client with a new certificate, and its requester."""
     tls = lab.pki.tls(authority, role, "x", trusts=["provider"], days=days)
-    async with PeerClient(tls, lab.verifier_url, deadline_s=10) as made:
+    async with PeerClient(tls, lab.verifier_url, deadline_s=60) as made:
         yield made, certificate_requester(load_certificate(tls.certificate))
 
 

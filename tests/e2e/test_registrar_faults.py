@@ -23,7 +23,7 @@ from tests.support.service_process import STOP_S, serving
 from tests.support.tenant_wire import AGENT
 from tests.support.tpms import short_folder
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 RESTORE = "harness db restore"
 Fault = Callable[[RegistrarSite], contextlib.AbstractContextManager[None]]
 

@@ -24,7 +24,7 @@ from tests.support.tenant_wire import AGENT
 from tests.support.tpms import short_folder
 from tests.support.webhook_receiver import ReceiverLog, receiving
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 async def changed_key(site: RegistrarSite) -> None:

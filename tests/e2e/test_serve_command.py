@@ -42,7 +42,7 @@ def serve(service: str, folder: Path, settings: dict[str, object]) -> subprocess
     file = folder / "service.yml"
     file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "harness", "serve", service, "--config", str(file)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.parametrize("service", sorted(SERVICES))

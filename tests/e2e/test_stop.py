@@ -45,7 +45,7 @@ from tests.support.stop_lab import (
 from tests.support.tenant_site import TENANT, new_tenant_site
 from tests.support.tenant_wire import AGENT
 
-pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_swtpm, pytest.mark.timeout(900)]
 WAITERS = 20
 RELEASED = {"ok", "ShuttingDown", "PeerUnreachable", "NotReady", "BatchFailed"}
 """How a waiter may end: with its answer, or with an error that says "later" or "gone"."""
@@ -229,7 +229,7 @@ def test_a_service_that_is_told_while_it_starts_ends_quietly(tmp_path: Path, num
             with config.open("w") as settings:  # opens when the service does
                 process.send_signal(number)
                 settings.write("{}")
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=240)
         finally:
             process.kill()
     assert b"Traceback" not in said

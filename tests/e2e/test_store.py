@@ -20,7 +20,7 @@ from harness.store_file import make
 from tests.support.databases import sqlite_url, write_migrations
 from tests.support.postgres import PostgresServer
 
-WAIT_S = 20
+WAIT_S = 120
 
 
 class Base(DeclarativeBase):

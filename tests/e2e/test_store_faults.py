@@ -21,7 +21,7 @@ from tests.support.databases import sqlite_url
 from tests.support.schemas import TENANT
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 60
+WAIT_S = 240
 
 
 async def write(store: Store, detail: str = "x") -> None:

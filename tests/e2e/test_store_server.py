@@ -18,7 +18,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.schemas import TENANT
 
 pytestmark = pytest.mark.needs_postgres
-WAIT_S = 60
+WAIT_S = 240
 DOWN = "start the server, or wait for it; the service goes on by itself"
 
 

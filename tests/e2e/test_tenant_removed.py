@@ -22,7 +22,7 @@ from harness.values import HostId
 from tests.support.pendings import agent, allow
 from tests.support.provider_lab import Pki
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 HOST = HostId(agent(0xA01))
 
 

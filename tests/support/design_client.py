@@ -62,7 +62,7 @@ def get(tenant: dict[str, Any], path: str) -> Any:
     context = ssl.create_default_context(cafile=tenant["ca"])
     context.load_cert_chain(tenant["client_cert"], tenant["client_key"])
     at = urllib.parse.urlsplit(tenant["provider_verifier"])
-    connection = http.client.HTTPSConnection(at.hostname or "", at.port, context=context, timeout=30)
+    connection = http.client.HTTPSConnection(at.hostname or "", at.port, context=context, timeout=120)
     try:
         connection.request("GET", path)
         answer = json.loads(connection.getresponse().read())

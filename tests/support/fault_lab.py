@@ -34,7 +34,7 @@ from tests.support.guest_lab import vtpm_pids
 from tests.support.provider_lab import Pki
 from tests.support.vtpm_host import SoftCa
 
-TIME_S = 60.0
+TIME_S = 240.0
 _POLL_S = 0.05
 
 

@@ -17,7 +17,7 @@ from harness.unix_server import UnixServer
 from harness.values import AgentId
 from tests.support.vtpm_host import until
 
-TIME_S = 60.0
+TIME_S = 240.0
 TOOL = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case $1 in --type) type=$2 ;; --dir) dir=$2 ;; --vmid) vmid=$2 ;; esac

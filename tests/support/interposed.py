@@ -24,7 +24,7 @@ from harness.web import Route, application, serve
 Answer = dict[str, Any]
 Change = Callable[[Answer], Answer]
 _VERIFIER = frozenset({Role.TENANT_VERIFIER})
-_START_S = 30.0
+_START_S = 120.0
 
 
 class Interposed:

@@ -26,7 +26,7 @@ from harness.peer import PeerClient
 from tests.support.running_lab import RunningLab
 
 _LOOK_S = 0.2
-_ASK_S = 3.0
+_ASK_S = 10.0
 _JUMP_S, _SETTLE_S = 1.0, 3.0
 """A clock that goes apart from the monotonic one by more was set; every process knows it after that time."""
 _PLACES = ("p", "t", "h", "log")
@@ -176,11 +176,11 @@ def why(lab: RunningLab, service: str, since: float) -> str:
 @contextlib.contextmanager
 def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
     """Something mounted on a folder, and taken away at the end whatever is open there."""
-    subprocess.run(["mount", *arguments, str(folder)], check=True, capture_output=True, timeout=30)
+    subprocess.run(["mount", *arguments, str(folder)], check=True, capture_output=True, timeout=120)
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True, capture_output=True, timeout=30)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, capture_output=True, timeout=120)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from pathlib import Path
 
 USER = "harness"
 PORT = 5432
-_START_S = 30.0
-_STOP_S = 20.0
+_START_S = 120.0
+_STOP_S = 60.0
 _POLL_S = 0.02
 _SETTINGS = {
     "listen_addresses": "",
@@ -117,7 +117,7 @@ class PostgresServer:
     def _run(self, path: Path | None, *words: object, prefix: Sequence[str] = (), text: str = "") -> str:
         command = [*prefix, str(path), *map(str, words)]
         ran = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=60, check=False, cwd=self.folder
+            command, input=text, capture_output=True, text=True, timeout=240, check=False, cwd=self.folder
         )
         assert ran.returncode == 0, ran.stderr
         return ran.stdout

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-_END_S = 40.0
+_END_S = 120.0
 _POLL_S = 0.01
 
 

@@ -44,7 +44,7 @@ from tests.support.pendings import a_request, allow
 from tests.support.provider_lab import Pki
 from tests.support.tpms import DeviceSettings, short_folder
 
-TIME_S = 30.0
+TIME_S = 120.0
 Sockets = tuple[socket.socket, socket.socket]
 PCRS = (0, 4, 7)
 
@@ -132,7 +132,7 @@ class Site:
         return ProviderVerifier(settings, self.open_records)
 
     def client(self, url: str, role: Role, authority: str = "alice") -> PeerClient:
-        return PeerClient(self.pki.tls(authority, role, "a", trusts=["provider"]), url, deadline_s=10)
+        return PeerClient(self.pki.tls(authority, role, "a", trusts=["provider"]), url, deadline_s=60)
 
 
 @asynccontextmanager

@@ -31,7 +31,7 @@ tenants:
   alice: {quote_interval_s: 1, payload: secret, guests: {alice-vm1: , alice-vm2: }}
   bob: {quote_interval_s: 1, guests: {bob-vm1: }}
 """
-COMMAND_S = 240
+COMMAND_S = 480
 _POLL_S = 0.1
 
 
@@ -120,7 +120,7 @@ class RunningLab:
         context = ssl.create_default_context(cafile=tls["authorities"][tenant])
         context.load_cert_chain(tls["certificate"], tls["key"])
         at = urllib.parse.urlsplit(site[service])
-        connection = http.client.HTTPSConnection(at.hostname or "", at.port, context=context, timeout=20)
+        connection = http.client.HTTPSConnection(at.hostname or "", at.port, context=context, timeout=240)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -149,7 +149,7 @@ class RunningLab:
                 found[uuid] = (agent["ek_tpm"], agent["aik_tpm"], agent["ekcert"], agent["host_id"])
         return found
 
-    def until_attested(self, deadline_s: float = 60.0, *, count: int | None = None) -> float:
+    def until_attested(self, deadline_s: float = 240.0, *, count: int | None = None) -> float:
         """Waits until each guest was attested by evidence that was asked for from now on; returns the seconds."""
         began, since = time.monotonic(), time.time()
         while True:
@@ -172,7 +172,7 @@ class RunningLab:
         found: dict[str, str] = self._site()["tenants"][tenant].get("guests", {})
         return found
 
-    def until(self, what: str, holds: Any, deadline_s: float = 30.0) -> Any:
+    def until(self, what: str, holds: Any, deadline_s: float = 120.0) -> Any:
         """Waits until something holds; returns it."""
         until = time.monotonic() + deadline_s
         while not (found := holds()):

@@ -19,7 +19,7 @@ from harness.tenant import tables as tenant
 from tests.support.databases import sqlite_url
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-_WAIT_S = 60.0
+_WAIT_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)

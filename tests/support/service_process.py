@@ -16,8 +16,8 @@ from harness.config import Settings, dump
 from harness.errors import HarnessError
 from harness.peer import PeerClient
 
-START_S = 30.0
-STOP_S = 5.0
+START_S = 120.0
+STOP_S = 30.0
 """Every service stops within this time when it is told to."""
 
 

@@ -22,7 +22,7 @@ from tests.support.enrolment_parties import SoftVtpm
 from tests.support.tenant_wire import AGENT, REQUESTER, Wire
 
 OTHER = AgentId(uuid.UUID(int=3 << 64))
-WAIT_S = 60.0
+WAIT_S = 240.0
 ACT = Act(who="alice/tenant-operator/op", reason="kernel update")
 
 

@@ -20,7 +20,7 @@ from harness.pki import Authority, Role, now
 from harness.tls import Identities, client_context, identities_of
 from harness.web import Route, Server, accept_channel, application, peer_of, read_json, read_object, serve
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 ANYBODY = tuple(Role)
 
 

@@ -155,7 +155,13 @@ def test_output_that_cannot_be_written_is_2_and_one_sentence(where: str, words: 
     close = (lambda: os.close(1)) if where == "closed" else None
     try:
         ended = subprocess.run(
-            [*PROGRAM, *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False, preexec_fn=close
+            [*PROGRAM, *words],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            check=False,
+            preexec_fn=close,
         )
     finally:
         os.close(out)
@@ -169,7 +175,7 @@ def test_a_reader_that_has_gone_is_told_nothing(words: list[str]) -> None:
     out = _closed_pipe()
     try:
         ended = subprocess.run(
-            [*PROGRAM, *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            [*PROGRAM, *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=240, check=False
         )
     finally:
         os.close(out)
