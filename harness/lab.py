@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from harness import events
 from harness.errors import ConfigError
-from harness.lab_folder import close_folder, open_folder
+from harness.lab_folder import close_folder
 from harness.lab_onboarding import Contact, Onboarding
 from harness.lab_outcome import GuestOutcome, batches_in
 from harness.lab_plan import GuestPlan, LabPlan
@@ -57,8 +57,7 @@ class Lab:
         self.plan = plan
         self.timings_s: dict[str, float] = {}
         self._folder = folder
-        self._short = open_folder(folder, longest_host=max(len(host.name) for host in plan.hosts))
-        self._files = LabSite(self._short, plan)
+        self._files = LabSite.open(folder, plan)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Lab:

@@ -30,12 +30,11 @@ from harness.lab_control import LabControl
 from harness.lab_hosts import domains
 from harness.lab_onboarding import Contact, Onboarding
 from harness.lab_outcome import GuestOutcome
-from harness.lab_plan import GuestPlan
+from harness.lab_plan import GuestPlan, plan_of
 from harness.lab_record import LabRecord
 from harness.lab_replacement import FILE, GuestNote, ReplacementNote, unfinished
-from harness.lab_site import write_image
-from harness.lab_topology import SITE_FILE
-from harness.lab_up import files_of
+from harness.lab_site import LabSite, write_image
+from harness.lab_topology import SITE_FILE, load_topology
 from harness.sim import guest_definitions
 from harness.sim.control import ask as ask_hardware
 from harness.tenant.order import Order, order_in_force
@@ -296,7 +295,8 @@ async def replace_tpm(control: LabControl, host: str, reason: str, say: Callable
     if status is None:
         raise ConfigError(f"the lab in {control.folder} is down; `harness lab up` starts it")
     site = config.load(control.folder / SITE_FILE, config.SiteSettings)
-    async with Onboarding(files_of(control.folder, Path(status["topology"])), site) as operators:
+    plan = plan_of(load_topology(Path(status["topology"])), LabRecord(control.folder))
+    async with Onboarding(LabSite.open(control.folder, plan), site) as operators:
         return await Replacement(control, operators, host=host, reason=reason, say=say).run()
 
 

@@ -30,13 +30,13 @@ from pathlib import Path
 
 from harness import config
 from harness.errors import ConfigError
+from harness.lab_folder import open_folder
 from harness.lab_plan import GuestPlan, HostPlan, LabPlan, TenantPlan
 from harness.lab_record import LabRecord
 from harness.lab_topology import SITE_FILE
 from harness.pki import Authority, Role, now
 from harness.private_file import write_private
 from harness.sim.vendor import ROOT_CERTIFICATE, open_vendor
-from harness.swtpm import SOCKET_PATH_LIMIT
 
 PROVIDER = "provider"
 _ADDRESS = "127.0.0.1"
@@ -68,7 +68,7 @@ class ServiceFile:
 
 
 class LabSite:
-    """Writes the folder.
+    """Writes the folder. Outside of this file a lab's folder is had from `open`.
 
     Args:
         folder: of the lab, as `lab_folder.open_folder` gives it.
@@ -78,13 +78,24 @@ class LabSite:
         ConfigError: the folder holds something that cannot be used.
     """
 
+    @classmethod
+    def open(cls, folder: Path, plan: LabPlan) -> LabSite:
+        """A lab's folder under a name that is short enough for the sockets in it.
+
+        Args:
+            folder: of the lab; made where it is missing.
+            plan: what the lab consists of.
+
+        Raises:
+            ConfigError: the folder cannot be made, has no name that is short enough, or holds something that cannot be
+                used.
+        """
+        return cls(open_folder(folder, longest_host=max(len(host.name) for host in plan.hosts)), plan)
+
     def __init__(self, folder: Path, plan: LabPlan) -> None:
         self.folder = folder
         self.plan = plan
         self._record = LabRecord(folder)
-        longest = max((len(host.name) for host in plan.hosts), default=0)
-        if len(os.fsencode(folder)) + longest + 54 > SOCKET_PATH_LIMIT:
-            raise ConfigError(f"{folder}: this path is too long for UNIX sockets; choose a shorter folder")
         for part in ("log", "run", "p"):
             (folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
         names = (PROVIDER, *(tenant.name for tenant in plan.tenants))

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from harness import events
 from harness.errors import ConfigError, Conflict, HarnessError, MalformedMessage
-from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, open_folder, remove_sockets
+from harness.lab_folder import SUPERVISOR_SOCKET, close_folder, remove_sockets
 from harness.lab_plan import LabPlan, plan_of
 from harness.lab_record import LabRecord
 from harness.lab_site import LabSite
@@ -80,11 +80,10 @@ class Supervisor:
         (self._folder / "run").mkdir(exist_ok=True, mode=0o700)
         with _locked(self._folder / "run") as lock:
             await lock
-            short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
-            files = LabSite(short, plan)
+            files = LabSite.open(self._folder, plan)
             events.configure("supervisor", files.log("supervisor"), streams=True)
             self._supervision = Supervision(files.log)
-            server = UnixServer(short / SUPERVISOR_SOCKET, self._serve)
+            server = UnixServer(files.folder / SUPERVISOR_SOCKET, self._serve)
             watching: asyncio.Task[None] | None = None
             try:
                 await self._supervision.apply(files.services())
@@ -152,8 +151,7 @@ class Supervisor:
 
     async def _apply(self, topology: Path) -> bool:
         plan = await asyncio.to_thread(_planned, topology, self._folder)
-        short = open_folder(self._folder, longest_host=max(len(host.name) for host in plan.hosts))
-        files = await asyncio.to_thread(LabSite, short, plan)
+        files = await asyncio.to_thread(LabSite.open, self._folder, plan)
         changed = await self._supervision.apply(await asyncio.to_thread(files.services))
         files.site()
         self._topology = topology

@@ -143,6 +143,10 @@ class Topology(Settings):
     ]
     tenants: Annotated[dict[config.Name, TenantTopology], Field(default_factory=dict, max_length=MOST_TENANTS)]
 
+    def folder_beside(self, path: Path) -> Path:
+        """Folder of the lab, when this is what the file says."""
+        return self.folder or path.parent / FOLDER
+
     @model_validator(mode="before")
     @classmethod
     def _empty_parts(cls, data: Any) -> Any:
@@ -260,4 +264,4 @@ def folder_of(stated: Path) -> Path:
         path = path / FILE
     if not path.is_file():
         return path
-    return config.load(path, Topology).folder or path.parent / FOLDER
+    return config.load(path, Topology).folder_beside(path)

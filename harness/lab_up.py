@@ -15,15 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness import config, console
 from harness.errors import ConfigError, EnrolmentError, HarnessError
 from harness.lab_control import LabControl
-from harness.lab_folder import open_folder
 from harness.lab_onboarding import Onboarding
 from harness.lab_outcome import LAB, GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan, plan_of, settings_of
@@ -31,7 +29,7 @@ from harness.lab_ready import Broken, check_provider, concerned
 from harness.lab_record import LabRecord
 from harness.lab_replacement import FILE as REPLACING
 from harness.lab_site import LabSite
-from harness.lab_topology import SITE_FILE, folder_of, load_topology
+from harness.lab_topology import SITE_FILE, Topology, load_topology
 from harness.sim.control import ask as ask_hardware
 
 _REASON = "no longer in the lab's topology"
@@ -92,33 +90,28 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
     *Cancellation:* the lab goes on with what was started; `up` again completes it.
     """
     began = time.monotonic()
-    load_topology(topology)
-    control = LabControl(folder_of(topology))
+    stated = load_topology(topology)
+    control = LabControl(stated.folder_beside(topology))
     if fresh:
         with console.progress("ending the lab that was there"):
             await control.down()
             control.wipe()
-    removed: list[str] = []
-    record = LabRecord(control.folder) if control.folder.is_dir() else None
-    change = _change(topology, {} if record is None else record.applied(), record)
-    if (await control.status()) is None:
-        with console.progress("starting hardware TPMs and services"):
+    record = LabRecord(control.folder)
+    change = _change(topology, stated, record) if control.folder.is_dir() else _Change()
+    changed = started = await control.status() is None
+    with console.progress("starting hardware TPMs and services" if started else "asking the services how they are"):
+        if started:
             await control.start(topology)
-            check_provider(await control.broken_services())
-        changed = True
-        files = files_of(control.folder, topology)
-        async with Onboarding(files, _site(control)) as operators:
-            removed = await operators.remove(_REASON, made_anew=change.made_anew)
-    else:
         check_provider(await control.broken_services())
-        files = files_of(control.folder, topology)
-        async with Onboarding(files, _site(control)) as operators:  # while the services of those who leave still run
-            removed = await operators.remove(_REASON, made_anew=change.made_anew)
+    files, site = LabSite.open(control.folder, plan_of(stated, record)), _site(control)
+    async with Onboarding(files, site) as operators:  # while the services of those who leave still run
+        removed = await operators.remove(_REASON, made_anew=change.made_anew)
+    if not started:
         with console.progress("bringing the services to what the topology says"):
             changed = await control.apply(topology)
     broken = await control.broken_services()
     check_provider(broken)
-    record, files = LabRecord(control.folder), files_of(control.folder, topology)  # guests that left have new UUIDs
+    files = LabSite.open(control.folder, plan_of(stated, record))  # guests that left have new UUIDs
     for guest in files.plan.guests:
         record.note_guest(guest.name, guest.agent_id)
     async with Onboarding(files, files.site()) as operators:
@@ -173,10 +166,11 @@ async def _remarks(files: LabSite) -> list[str]:
     return found
 
 
-def _change(topology: Path, applied: Mapping[str, Any], record: LabRecord | None) -> _Change:
-    if record is None or not applied:
+def _change(topology: Path, stated: Topology, record: LabRecord) -> _Change:
+    applied = record.applied()
+    if not applied:
         return _Change()
-    now = settings_of(plan_of(load_topology(topology), record))
+    now = settings_of(plan_of(stated, record))
     tenants = {name: (applied["tenants"].get(name), wanted) for name, wanted in now["tenants"].items()}
     guests = {name: (applied["guests"].get(name), wanted) for name, wanted in now["guests"].items()}
     anew = {
@@ -199,12 +193,6 @@ def _change(topology: Path, applied: Mapping[str, Any], record: LabRecord | None
         ),
         made_anew=frozenset(anew),
     )
-
-
-def files_of(folder: Path, topology: Path) -> LabSite:
-    """A lab's folder with the plan that its topology describes. Raises ConfigError when one of them cannot be used."""
-    plan = plan_of(load_topology(topology), LabRecord(folder))
-    return LabSite(open_folder(folder, longest_host=max(len(host.name) for host in plan.hosts)), plan)
 
 
 def _site(control: LabControl) -> config.SiteSettings:

@@ -32,7 +32,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.plan = plan(tenants=1, guests=1)
-        self.files = LabSite(path, self.plan)
+        self.files = LabSite.open(path, self.plan)
         self.services = {file.name: file for file in self.files.services()}
         self.site: SiteSettings = self.files.site()
         [self.guest] = self.plan.guests

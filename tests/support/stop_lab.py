@@ -25,8 +25,8 @@ from harness.serve import EXIT_OVERDUE
 from harness.sim.control import ask as ask_hardware
 from tests.support.web_lab import Wire, wire
 
-STARTED_S = 60.0
-ENDED_S = 10.0
+STARTED_S = 240.0
+ENDED_S = 40.0
 """A process that is not ended after this is not going to be; whether it was done in time, its exit code tells."""
 IDLE, HALF = 10, 4
 P = ParamSpec("P")
@@ -126,7 +126,7 @@ async def stop_lab(chip: str) -> AsyncIterator[tuple[StopLab, Onboarding, LabPla
     made = plan(tenants=1, guests=1, chip=chip)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="h")))
-        files = LabSite(folder, made)
+        files = LabSite.open(folder, made)
         lab = StopLab(files=files, site=files.site())
         for file in files.services():
             if (control := file.powered) is not None:

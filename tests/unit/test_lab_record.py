@@ -7,13 +7,17 @@ import socket
 import tempfile
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.errors import ConfigError
 from harness.lab_folder import close_folder, open_folder, remove_sockets, short_name
+from harness.lab_plan import plan
 from harness.lab_record import LabRecord
+from harness.lab_site import LabSite
+from harness.swtpm import SOCKET_PATH_LIMIT
 
 HOST = "00000000-0000-0000-0000-000000000001"
 
@@ -98,6 +102,22 @@ def test_a_deep_folder_is_reached_by_a_short_name(tmp_path: Path) -> None:
     close_folder(folder)
     assert not short.is_symlink()
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize(("spare", "linked"), [(0, False), (-1, True)])
+def test_a_lab_is_opened_under_a_name_that_is_short_enough(spare: int, linked: bool) -> None:
+    """A folder in which the longest socket just fits is used as it is; one byte more, and it is not."""
+    made = plan(tenants=1, guests=1)
+    hosts = (replace(made.hosts[0], name="h" * 32), replace(made.hosts[0], name="h"))
+    longest = len(f"/h/{hosts[0].name}/guests/{uuid.UUID(int=0)}/s.ctrl")
+    with tempfile.TemporaryDirectory(prefix="h") as name:
+        folder = Path(name) / ("d" * (SOCKET_PATH_LIMIT - longest - spare - len(name) - 1))
+        try:
+            files = LabSite.open(folder, replace(made, hosts=hosts))
+            assert files.folder == (short_name(folder) if linked else folder)
+            assert (folder / "pki" / "alice" / "ca.pem").is_file()
+        finally:
+            close_folder(folder)
 
 
 def test_a_name_that_is_somebody_elses_is_refused(tmp_path: Path) -> None:
