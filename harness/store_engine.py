@@ -12,7 +12,6 @@ Invariants:
        fsync: 0.4 ms on an idle virtual disk, 3 ms on a busy one, where it took 0.04 ms without. Reading costs nothing
        more. On PostgreSQL it is the server's ``synchronous_commit``, which is on unless somebody turns it off.
     4. No value that a statement was given is in an error text.
-
     5. Whoever is connected to a PostgreSQL database holds its "in use" lock, shared, until the connection ends; nobody
        connects while a restore holds it alone.
 
