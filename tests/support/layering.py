@@ -25,7 +25,7 @@ from pathlib import Path
 
 LINE_LIMIT = 400
 ROOTS = (
-    *("__main__.py", "cli.py", "cli_*.py", "demo.py", "demo_*.py"),
+    *("__main__.py", "bench.py", "bench_*.py", "cli.py", "cli_*.py", "demo.py", "demo_*.py"),
     *("lab.py", "lab_*.py", "preload.py", "serve.py", "serve_*.py"),
 )
 """Composition roots: the only files that may import every package."""
@@ -41,6 +41,7 @@ CORE_ORDER: tuple[tuple[str, ...], ...] = (
 HOMES: Mapping[str, tuple[str, ...]] = {
     "tpm2_pytss": ("tpm.py", "tpm_*.py"),
     "merklelib": ("provider/merklelib_tree.py",),
+    "pymerkle": ("bench_tree.py",),
     "sqlalchemy": ("store.py", "store_*.py", "*/tables.py", "*_store.py", "*journal*.py", "migrations/*"),
     "alembic": ("store_schema.py", "migrations/*"),
     "aiohttp": (
@@ -57,6 +58,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
         "tenant/verifier.py",
         "tenant/guest_agent.py",
         "attacks/*.py",
+        "bench_bare.py",
     ),
 }
 """Outside package: the files that may import it."""
