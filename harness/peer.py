@@ -13,7 +13,7 @@ Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 
@@ -90,9 +90,11 @@ class PeerClient:
         """
         await self._connections.close()
 
-    async def get(self, path: str, params: Sequence[tuple[str, str]] = ()) -> object:
+    async def get(
+        self, path: str, params: Sequence[tuple[str, str]] = (), *, headers: Mapping[str, str] | None = None
+    ) -> object:
         """Results of a GET; see `call`."""
-        return await self.call("GET", path, params=params)
+        return await self.call("GET", path, params=params, headers=headers)
 
     async def post(self, path: str, body: object) -> object:
         """Results of a POST; see `call`."""
@@ -113,6 +115,7 @@ class PeerClient:
         *,
         params: Sequence[tuple[str, str]] = (),
         body: object = None,
+        headers: Mapping[str, str] | None = None,
         deadline_s: float | None = None,
     ) -> object:
         """Results of one call, out of their envelope.
@@ -122,6 +125,7 @@ class PeerClient:
             path: below the base URL.
             params: of the query.
             body: plain data, sent as JSON.
+            headers: beside those of every call.
             deadline_s: seconds for this call; None: those of the client.
 
         Raises:
@@ -136,7 +140,7 @@ class PeerClient:
         limit_s = self._deadline_s if deadline_s is None else deadline_s
         try:
             async with asyncio.timeout(limit_s):
-                return await self._call(method, path, params, body)
+                return await self._call(method, path, params, body, headers)
         except aiohttp.ConnectionTimeoutError as error:
             raise PeerUnreachable(f"{self.base_url} took more than {CONNECT_S:g} s to connect") from error
         except TimeoutError as error:
@@ -146,7 +150,14 @@ class PeerClient:
         except OSError as error:
             raise PeerUnreachable(f"{self.base_url} cannot be reached: {error.strerror or error}") from error
 
-    async def _call(self, method: str, path: str, params: Sequence[tuple[str, str]], body: object) -> object:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        params: Sequence[tuple[str, str]],
+        body: object,
+        headers: Mapping[str, str] | None,
+    ) -> object:
         async with (
             self._connections.use() as lease,
             lease.session.request(
@@ -154,6 +165,7 @@ class PeerClient:
                 self.base_url + path,
                 params=list(params),
                 json=body,
+                headers=headers,
                 allow_redirects=False,
             ) as response,
         ):

@@ -7,7 +7,7 @@ Invariants:
 
 Owner: whoever made the client; a client may be shared by tasks.
 
-Spec: DESIGN 3.1, 3.6; docs/protocol.md (enrolment exchange); Keylime agent API v2.1.
+Spec: DESIGN 3.1, 3.6; docs/protocol.md (enrolment exchange); Keylime agent API v2.1; RFC 7240, 4.3 (wait).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from harness.values import AgentId, ClockBaseline, HashAlg, HostId, PcrSelection
 AGENT_API = "v2.1"
 """The oldest version that every agent speaks; nothing newer is needed."""
 _MOST_CERTIFICATES = 8
+_LONGEST_WAIT_S = 30
+"""Longer than any attempt lasts (DESIGN 3.5)."""
 
 
 class ProviderClient:
@@ -47,10 +49,11 @@ class ProviderClient:
     def __init__(self, peer: PeerClient) -> None:
         self._peer = peer
 
-    async def quote(self, request: QuoteRequest) -> object:
+    async def quote(self, request: QuoteRequest, *, wait_s: float) -> object:
         """See `harness.tenant.ports.ProviderPort`."""
+        query = verifier_query(VerifierQuery(request=request, host_id=None))
         with _as_evidence():
-            return await self._peer.get("/v1/verifier", verifier_query(VerifierQuery(request=request, host_id=None)))
+            return await self._peer.get("/v1/verifier", query, headers={"Prefer": f"wait={_whole_wait_s(wait_s)}"})
 
     async def hosts(self) -> list[HostId]:
         """Hosts on which this tenant has an allowlist.
@@ -222,6 +225,11 @@ def parse_pem(pem: str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem.encode("ascii", "replace"))
     except ValueError as error:
         raise MalformedMessage("mtls_cert is not a certificate in PEM") from error
+
+
+def _whole_wait_s(wait_s: float) -> int:
+    """Seconds of ``Prefer: wait`` (RFC 7240, 4.3): whole ones, so that whoever is asked never waits too long."""
+    return min(max(int(wait_s), 1), _LONGEST_WAIT_S)
 
 
 @contextmanager

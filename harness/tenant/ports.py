@@ -118,8 +118,15 @@ class GuestPort(Protocol):
 class ProviderPort(Protocol):
     """The provider verifier of this session."""
 
-    async def quote(self, request: QuoteRequest) -> object:
-        """``results`` of GET /v1/verifier. Raises as `GuestPort.quote`. *Cancellation:* the answer is dropped."""
+    async def quote(self, request: QuoteRequest, *, wait_s: float) -> object:
+        """``results`` of GET /v1/verifier. Raises as `GuestPort.quote`.
+
+        Args:
+            request: the question.
+            wait_s: seconds in which an answer is of use; the provider may refuse at once what it cannot answer in time.
+
+        *Cancellation:* the answer is dropped.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -196,7 +196,7 @@ class Rounds:
         )
         try:
             deadline_s = min(self._attempt_s, self._remaining_s(current))
-            results = await self._attempt(ports.provider.quote(request), started, deadline_s)
+            results = await self._attempt(ports.provider.quote(request, wait_s=deadline_s), started, deadline_s)
         except HarnessError as error:
             return Unanswered(error)
         sent = SentRequest(request=request, requester=plan.requester, vtpm_ek=keys.vtpm_ek)

@@ -44,7 +44,7 @@ class BatchingProvider:
         self.sizes: list[int] = []
         self.reboots = 0.0
 
-    async def quote(self, request: QuoteRequest) -> object:
+    async def quote(self, request: QuoteRequest, *, wait_s: float) -> object:
         waiting = Waiting(request, asyncio.get_running_loop().create_future())
         self.waiting.append(waiting)
         return await waiting.answer

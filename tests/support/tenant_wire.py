@@ -145,14 +145,16 @@ class FakeGuest(_Scripted):
 
 
 class FakeProvider(_Scripted):
-    """A provider verifier with one host."""
+    """A provider verifier with one host; ``waits_s`` is how long each answer would have been of use."""
 
     def __init__(self, tpm: SoftTpm) -> None:
         super().__init__()
         self.tpm = tpm
         self.host_id = protocol.host_id_of(b"\x00\x0b" + hashlib.sha256(tpm.ak.name).digest())
+        self.waits_s: list[float] = []
 
-    async def quote(self, request: QuoteRequest) -> object:
+    async def quote(self, request: QuoteRequest, *, wait_s: float) -> object:
+        self.waits_s.append(wait_s)
         return await self._answer(request.nonce, lambda: self._results(request))
 
     def _results(self, request: QuoteRequest) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -39,6 +40,7 @@ class FakePeer:
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
         self.calls: list[tuple[str, str, object]] = []
+        self.headers: list[Mapping[str, str] | None] = []
 
     def _answer(self, *call: Any) -> object:
         self.calls.append(call)
@@ -47,7 +49,8 @@ class FakePeer:
             raise answer
         return answer
 
-    async def get(self, path: str, params: object = ()) -> object:
+    async def get(self, path: str, params: object = (), *, headers: Mapping[str, str] | None = None) -> object:
+        self.headers.append(headers)
         return self._answer("GET", path, params)
 
     async def post(self, path: str, body: object) -> object:
@@ -99,13 +102,13 @@ async def test_a_guest_answer_that_is_no_evidence_is_check_1(answer: object) -> 
 async def test_a_provider_answer_that_cannot_be_read_is_check_1(answer: object) -> None:
     """S that is not JSON is check 1."""
     with pytest.raises(MalformedEvidence):
-        await ProviderClient(fake(answer)).quote(REQUEST)
+        await ProviderClient(fake(answer)).quote(REQUEST, wait_s=30.0)
 
 
 async def test_a_transport_failure_stays_one() -> None:
     """What the peer did not answer is no evidence and no verdict."""
     with pytest.raises(PeerUnreachable):
-        await ProviderClient(fake(PeerUnreachable("x"))).quote(REQUEST)
+        await ProviderClient(fake(PeerUnreachable("x"))).quote(REQUEST, wait_s=30.0)
     with pytest.raises(PeerUnreachable):
         await GuestClient(fake(PeerUnreachable("x"))).provide_v(b"v")
 
@@ -113,10 +116,18 @@ async def test_a_transport_failure_stays_one() -> None:
 async def test_a_host_quote_is_asked_for_as_the_protocol_says() -> None:
     """Nonce, mask, bank, agent_id and binding; the results are handed on unread."""
     peer = FakePeer({"anything": 1})
-    assert await ProviderClient(cast(PeerClient, peer)).quote(REQUEST) == {"anything": 1}
+    assert await ProviderClient(cast(PeerClient, peer)).quote(REQUEST, wait_s=30.0) == {"anything": 1}
     [(method, path, params)] = peer.calls
     assert (method, path) == ("GET", "/v1/verifier")
     assert dict(cast(Any, params)).keys() == {"nonce", "mask", "hash_alg", "agent_id", "binding"}
+
+
+@pytest.mark.parametrize(("wait_s", "preferred"), [(30.0, 30), (29.99, 29), (1.5, 1), (0.2, 1), (3600.0, 30)])
+async def test_the_provider_is_told_how_long_an_answer_is_of_use(wait_s: float, preferred: int) -> None:
+    """``Prefer: wait`` in whole seconds, rounded down, 1 to 30: a provider never waits for longer than we do."""
+    peer = FakePeer({})
+    await ProviderClient(cast(PeerClient, peer)).quote(REQUEST, wait_s=wait_s)
+    assert peer.headers == [{"Prefer": f"wait={preferred}"}]
 
 
 IDENTITY = {
