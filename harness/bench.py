@@ -265,7 +265,11 @@ def _rounded(value: float) -> float:
 
 
 def _spread(each: Measured) -> dict[str, object]:
-    own: dict[str, object] = {"n": len(each.sample.values), "low": _rounded(each.sample.low), "high": _rounded(each.sample.high)}
+    own: dict[str, object] = {
+        "n": len(each.sample.values),
+        "low": _rounded(each.sample.low),
+        "high": _rounded(each.sample.high),
+    }
     if each.baseline is None:
         return own
     return {**own, "baseline_low": _rounded(each.baseline.low), "baseline_high": _rounded(each.baseline.high)}
