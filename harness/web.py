@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import random
 import socket
 import ssl
 import weakref
@@ -50,7 +51,7 @@ from harness.own_certificate import RENEWAL, Audit, OwnCertificate, to_events
 from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
-from harness.web_envelope import BODY_LIMIT, LINE_LIMIT, OPENED, Connection, answer, envelope
+from harness.web_envelope import BODY_LIMIT, JITTER, LINE_LIMIT, OPENED, Connection, answer, envelope
 
 DEADLINE_S = 35.0
 STOP_S = 1.5
@@ -130,6 +131,7 @@ def application(
     *,
     health: Health | None = None,
     audit: Audit = to_events,
+    jitter: random.Random | None = None,
 ) -> web.Application:
     """Application of one service.
 
@@ -142,10 +144,12 @@ def application(
         identities: who may have a certificate.
         health: its checks; none by default.
         audit: keeps the entry of a renewed certificate, also of one that came through its file.
+        jitter: of Retry-After.
     """
     app = web.Application(middlewares=[envelope], client_max_size=BODY_LIMIT)
     app[_CALLS], app[_STOPPING], app[_AUDIT] = set(), asyncio.Event(), audit
     app[_CHANNELS] = weakref.WeakKeyDictionary()
+    app[JITTER] = jitter or random.SystemRandom()
     app.on_shutdown.extend((_bound_calls, _close_channels))
     own = list(routes)
     taken = {(route.method, route.path) for route in own}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from harness.messages import failure, retry_after_s, status_of
 
 BODY_LIMIT = 64 * 1024
 LINE_LIMIT = 8190
+JITTER: web.AppKey[random.Random] = web.AppKey("jitter", random.Random)
+"""Spreads the tries that Retry-After asks for."""
 OPENED: web.RequestKey[web.WebSocketResponse] = web.RequestKey("opened", web.WebSocketResponse)
 _INTERNAL_FAULT = "internal fault; see the service's log"
 
@@ -37,9 +40,9 @@ async def envelope(
     try:
         return _not_stored(await handler(request))
     except HarnessError as error:
-        said = _refusal(error)
+        said = _refusal(error, request.app[JITTER])
     except web.HTTPRequestEntityTooLarge:
-        said = _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"))
+        said = _refusal(MessageTooLarge(f"the body has more than {BODY_LIMIT} bytes"), request.app[JITTER])
     except web.HTTPException as error:
         sentence = ascii(f"{request.method} {request.path[:100]}: {error.reason}")[1:-1]
         said = answer(error.status, {"code": error.status, "status": sentence, "results": {}}, error.headers)
@@ -58,10 +61,20 @@ def _not_stored(response: web.StreamResponse) -> web.StreamResponse:
     return response
 
 
-def _refusal(error: HarnessError) -> web.Response:
+def _refusal(error: HarnessError, jitter: random.Random) -> web.Response:
     wait_s = retry_after_s(error)
-    headers = {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}  # whole seconds: RFC 9110
+    headers = {} if wait_s is None else {"Retry-After": retry_after(wait_s, jitter)}
     return answer(status_of(error), failure(error), headers)
+
+
+def retry_after(wait_s: float, jitter: random.Random) -> str:
+    """Value of Retry-After: up to half as much again as the estimate, so that those refused together do not return so.
+
+    Args:
+        wait_s: estimate of the time until a try has a chance.
+        jitter: where the spread comes from.
+    """
+    return str(max(1, math.ceil(wait_s * jitter.uniform(1.0, 1.5))))  # whole seconds: RFC 9110
 
 
 def answer(status: int, content: object, headers: Any = None) -> web.Response:
@@ -89,8 +102,7 @@ class Connection(web.RequestHandler):
             events.emit("internal_fault", level="error", exc_info=exc)
             response = answer(500, {"code": 500, "status": _INTERNAL_FAULT, "results": {}})
         else:
-            response = _refusal(
-                MalformedMessage(f"not HTTP/1.1, or a line or header field of more than {LINE_LIMIT} bytes")
-            )
+            refusal = MalformedMessage(f"not HTTP/1.1, or a line or header field of more than {LINE_LIMIT} bytes")
+            response = answer(status_of(refusal), failure(refusal))
         response.force_close()
         return response

@@ -8,6 +8,7 @@ Invariants:
     2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and an event.
     3. A tenant's enrolment orders in work are bounded, so that one tenant cannot keep the others from enrolling.
     4. A tenant that is removed, or gets another authority, gets no answer to what it has asked before.
+    5. The host agent is told how long an answer is of use from then on: what has passed here is taken off.
 
 Owner: the service `ProviderVerifier`.
 
@@ -25,11 +26,14 @@ from aiohttp import web
 
 from harness import events
 from harness.credential import parse_keylime_blob
-from harness.errors import AccessDenied, HarnessError, MalformedMessage, ShareExhausted
+from harness.errors import AccessDenied, HarnessError, MalformedMessage, ShareExhausted, WouldBeLate
 from harness.messages import parse_verifier_query
 from harness.pki import Role
+from harness.prefer import HEADER as PREFER
+from harness.prefer import parse_wait
 from harness.provider.admission import Admission, Admitted
 from harness.provider.batch import PendingQuote
+from harness.provider.clock import Clock, SystemClock
 from harness.provider.host_links import HostLinks
 from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, decode_base64
 from harness.tls import Peer
@@ -45,11 +49,13 @@ class Proxy:
     Args:
         admission: who may ask what.
         links: to the hosts.
+        clock: for the time in which an answer is of use.
     """
 
-    def __init__(self, admission: Admission, links: HostLinks) -> None:
+    def __init__(self, admission: Admission, links: HostLinks, *, clock: Clock | None = None) -> None:
         self._admission = admission
         self._links = links
+        self._clock = clock or SystemClock()
         self._enrolling: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._tenants: Mapping[str, str] = {}
@@ -116,6 +122,7 @@ class Proxy:
             raise AccessDenied("this tenant was removed") from error
 
     async def _verifier(self, request: web.Request, peer: Peer) -> object:
+        until_s = self._clock.monotonic() + parse_wait(request.headers.getall(PREFER, ()))
         query = parse_verifier_query(list(request.query.items()))
         asked = query.request
         if asked.agent_id is not None:
@@ -124,8 +131,15 @@ class Proxy:
             admitted = await self._admission.admit_host(peer.authority, query.host_id, asked.selection)
         else:
             raise MalformedMessage("one of agent_id and host_id is required")
+        left_s = until_s - self._clock.monotonic()
+        if left_s <= 0:
+            raise WouldBeLate("the request was admitted only when no answer was of use any more")
         pending = PendingQuote(
-            request=asked, tenant=peer.authority, requester=peer.requester, allowlist=admitted.allowlist
+            request=asked,
+            tenant=peer.authority,
+            requester=peer.requester,
+            allowlist=admitted.allowlist,
+            wait_s=left_s,
         )
         return await self._links.link(admitted.host_id).quote(pending)
 

@@ -23,6 +23,7 @@ from typing import Protocol, cast
 from harness.credential import Credential, parse_keylime_blob
 from harness.errors import HarnessError, MalformedMessage
 from harness.messages import error_from_response, parse_json, retry_after_s, status_of
+from harness.prefer import LONGEST_WAIT_S
 from harness.protocol import QuoteRequest
 from harness.provider.batch import PendingQuote
 from harness.values import HashAlg, Nonce, PcrSelection, parse_agent_id, parse_hex, parse_mask, pcrs_in
@@ -82,7 +83,7 @@ Order = QuoteOrder | IdentityOrder | ActivateOrder | CertifyOrder | CancelOrder
 
 _MEMBERS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "quote": (
-        frozenset({"tenant", "allowlist", "nonce", "hash_alg", "mask", "requester"}),
+        frozenset({"tenant", "allowlist", "nonce", "hash_alg", "mask", "requester", "wait_s"}),
         frozenset({"agent_id", "binding"}),
     ),
     "identity": (frozenset(), frozenset()),
@@ -148,8 +149,16 @@ def _parse_quote(frame: Mapping[str, object]) -> QuoteOrder:
             tenant=tenant,
             requester=parse_hex(_text(frame, "requester"), "requester", size=32),
             allowlist=parse_allowlist(frame["allowlist"]),
+            wait_s=_wait_of(frame),
         )
     )
+
+
+def _wait_of(frame: Mapping[str, object]) -> float:
+    wait_s = frame["wait_s"]
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 < wait_s <= LONGEST_WAIT_S:
+        raise MalformedMessage(f"wait_s must be a number of seconds, more than 0 and at most {LONGEST_WAIT_S}")
+    return float(wait_s)
 
 
 def _parse_activate(frame: Mapping[str, object]) -> ActivateOrder:
@@ -198,6 +207,7 @@ def _quote_members(pending: PendingQuote) -> dict[str, object]:
         "hash_alg": request.bank.text,
         "mask": f"0x{request.mask:x}",
         "requester": pending.requester.hex(),
+        "wait_s": pending.wait_s,
     }
     if request.agent_id is not None and request.binding is not None:
         members |= {"agent_id": str(request.agent_id), "binding": request.binding.hex()}

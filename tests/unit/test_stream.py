@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import string
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,7 @@ def read(frame: object) -> tuple[int, Order]:
     [
         QuoteOrder(pending=a_request(pcrs=[0, 7])),
         QuoteOrder(pending=a_request(pcrs=[3], agent_id=agent(5), bank=HashAlg.SHA384)),
+        QuoteOrder(pending=replace(a_request(), wait_s=2.5)),
         ActivateOrder(credential=CREDENTIAL, requester=b"r" * 32),
         CertifyOrder(nonce=Nonce(b"n" * 32)),
         IdentityOrder(),
@@ -103,6 +105,7 @@ BAD_MEMBERS: list[tuple[str, list[object]]] = [
     ("requester", ["00" * 31, "00" * 33, "zz" * 32, None]),
     ("agent_id", ["", "A0000000-0000-0000-0000-000000000001", "{}", 1]),
     ("binding", ["00" * 31, "00" * 33, ""]),
+    ("wait_s", [0, -1, 30.5, 1e300, True, "3", None]),
     ("allowlist", [[], "sha256", {"sha1": [0]}, {"sha256": [24]}, {"sha256": [-1]}, {"sha256": [True]}, {"sha256": 1}]),
     ("op", ["sign", "", None, 1]),
 ]
