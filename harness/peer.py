@@ -13,7 +13,7 @@ Spec: DESIGN 3.1 (deadline, Retry-After), 3.8 (which answers are tried again).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 
@@ -37,6 +37,7 @@ from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 
 ANSWER_LIMIT = 1024 * 1024
 DEADLINE_S = 30.0
+_Answer = tuple[aiohttp.ClientResponse, bytes]
 
 
 class PeerClient:
@@ -96,6 +97,13 @@ class PeerClient:
         """Results of a GET; see `call`."""
         return await self.call("GET", path, params=params, headers=headers)
 
+    async def text(self, path: str) -> str:
+        """The body of a GET that is answered with text and no envelope. Raises, and is cancelled, like `call`."""
+        response, content = await self._in_time(self._call("GET", path, (), None, None), self._deadline_s)
+        if response.status != 200:
+            self._results(response, content)  # raises: a refusal has its envelope here too
+        return content.decode("utf-8", "replace")
+
     async def post(self, path: str, body: object) -> object:
         """Results of a POST; see `call`."""
         return await self.call("POST", path, body=body)
@@ -138,9 +146,12 @@ class PeerClient:
         *Cancellation:* the connection is closed; the peer may or may not have done what was asked.
         """
         limit_s = self._deadline_s if deadline_s is None else deadline_s
+        return self._results(*await self._in_time(self._call(method, path, params, body, headers), limit_s))
+
+    async def _in_time(self, exchange: Awaitable[_Answer], limit_s: float) -> _Answer:
         try:
             async with asyncio.timeout(limit_s):
-                return await self._call(method, path, params, body, headers)
+                return await exchange
         except aiohttp.ConnectionTimeoutError as error:
             raise PeerUnreachable(f"{self.base_url} took more than {CONNECT_S:g} s to connect") from error
         except TimeoutError as error:
@@ -157,7 +168,7 @@ class PeerClient:
         params: Sequence[tuple[str, str]],
         body: object,
         headers: Mapping[str, str] | None,
-    ) -> object:
+    ) -> _Answer:
         async with (
             self._connections.use() as lease,
             lease.session.request(
@@ -175,7 +186,7 @@ class PeerClient:
                 if len(content) > self._limit:
                     response.close()
                     raise MessageTooLarge(f"{self.base_url} answered more than {self._limit} bytes")
-            return self._results(response, bytes(content))
+            return response, bytes(content)
 
     def _results(self, response: aiohttp.ClientResponse, content: bytes) -> object:
         body: object = None

@@ -47,11 +47,13 @@ from harness.door import Bounds, Door
 from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage, ShuttingDown
 from harness.health import FAILING, Health
 from harness.messages import parse_json, success
+from harness.metrics import Metrics
 from harness.own_certificate import RENEWAL, Audit, OwnCertificate, to_events
 from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
 from harness.web_envelope import BODY_LIMIT, JITTER, LINE_LIMIT, OPENED, Connection, answer, envelope
+from harness.web_metrics import METRICS, counted, figures
 
 DEADLINE_S = 35.0
 STOP_S = 1.5
@@ -131,12 +133,14 @@ def application(
     *,
     health: Health | None = None,
     audit: Audit = to_events,
+    metrics: Metrics | None = None,
     jitter: random.Random | None = None,
 ) -> web.Application:
     """Application of one service.
 
-    ``GET /version`` and ``GET /health`` are open to everybody with a known certificate, ``PUT /v1/certificate`` to the
-    operator of the service's own authority. A route of the service's own takes their place.
+    ``GET /version`` and ``GET /health`` are open to everybody with a known certificate, ``GET /metrics`` and
+    ``PUT /v1/certificate`` to the operator of the service's own authority. A route of the service's own takes their
+    place.
 
     Args:
         service: its name.
@@ -144,12 +148,14 @@ def application(
         identities: who may have a certificate.
         health: its checks; none by default.
         audit: keeps the entry of a renewed certificate, also of one that came through its file.
+        metrics: what it counts; those that every service has by default.
         jitter: of Retry-After.
     """
-    app = web.Application(middlewares=[envelope], client_max_size=BODY_LIMIT)
+    app = web.Application(middlewares=[envelope, counted], client_max_size=BODY_LIMIT)
     app[_CALLS], app[_STOPPING], app[_AUDIT] = set(), asyncio.Event(), audit
     app[_CHANNELS] = weakref.WeakKeyDictionary()
     app[JITTER] = jitter or random.SystemRandom()
+    app[METRICS] = metrics or Metrics(service)
     app.on_shutdown.extend((_bound_calls, _close_channels))
     own = list(routes)
     taken = {(route.method, route.path) for route in own}
@@ -174,6 +180,9 @@ def _common_routes(service: str, health: Health, audit: Audit) -> list[Route]:
             return results
         return answer(503, {"code": 503, "status": report.sentence, "results": results})
 
+    async def metrics(request: web.Request) -> object:
+        return await figures(request.app[METRICS], health, request.app[_OWN], peer_of(request))
+
     async def renew(request: web.Request) -> object:
         own, peer = request.app[_OWN], peer_of(request)
         if peer.role != own.operator or peer.authority != own.authority:
@@ -191,6 +200,7 @@ def _common_routes(service: str, health: Health, audit: Audit) -> list[Route]:
     return [
         Route("GET", "/version", version, roles=everybody),
         Route("GET", "/health", state, roles=everybody),
+        Route("GET", "/metrics", metrics, roles=operators),
         Route("PUT", "/v1/certificate", renew, roles=operators),
     ]
 
@@ -316,6 +326,7 @@ async def serve(
     *Cancellation:* stops as at the end: no new connections, and running calls end within five seconds.
     """
     own = app[_OWN] = OwnCertificate(tls)
+    app[METRICS].watch_certificate(lambda: own.expires.timestamp())
     context = server_context(tls)
     own.use_in(context)
     listening = where if isinstance(where, socket.socket) else _listen(where)

@@ -67,6 +67,13 @@ def status_of(error: HarnessError) -> int:
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
+def reasons() -> tuple[str, ...]:
+    """Names of all errors that a call can be refused with, or fail with: those that have a status, and no kinds."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HarnessError)]
+    placed = [kind for kind in kinds if any(issubclass(kind, known) for known, _ in _STATUS)]
+    return tuple(kind.__name__ for kind in placed if not any(other.__base__ is kind for other in kinds))
+
+
 def retry_after_s(error: HarnessError) -> float | None:
     """Seconds for Retry-After; None where a new try is not suggested."""
     if isinstance(error, Overloaded):

@@ -43,6 +43,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "merklelib": ("provider/merklelib_tree.py",),
     "pymerkle": ("bench_tree.py",),
     "sqlalchemy": ("store.py", "store_*.py", "*/tables.py", "*_store.py", "*journal*.py", "migrations/*"),
+    "prometheus_client": ("metrics.py", "metrics_*.py"),
     "alembic": ("store_schema.py", "migrations/*"),
     "aiohttp": (
         "web.py",
