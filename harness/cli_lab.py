@@ -11,6 +11,7 @@ import typer
 from harness import cli_complete, cli_lab_acts, cli_site
 from harness.cli_help import AsJson, Lab, examples, group
 from harness.errors import ConfigError
+from harness.lab_names import TOPOLOGY_FILE
 
 app = group("A lab that lives on: hosts, tenants and guests from lab.yml, under a supervisor.")
 
@@ -22,7 +23,7 @@ Service = Annotated[
 
 @app.command("init", epilog=examples("harness lab init", "harness lab init my-lab/lab.yml"))
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("lab.yml"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(TOPOLOGY_FILE),
 ) -> None:
     """Write a lab.yml with every key explained; a file that is there is left alone."""
     from harness.lab_topology import EXAMPLE

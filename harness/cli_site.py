@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from harness import cli_names
 from harness.errors import CertificateExpired, ConfigError, HarnessError, PeerUnreachable
+from harness.lab_names import RECORD_FILE, SITE_FILE, TOPOLOGY_FILE
 
 if TYPE_CHECKING:
     import uuid
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from harness.values import AgentId, HostId
 
 T = TypeVar("T")
-SITE_FILE = "site.yml"
-TOPOLOGY_FILE = "lab.yml"
-_RECORD = "lab.json"
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 """Of the lab that the command has found, for the sentence that says that it is down."""
 _START = "`harness lab up` starts one"
@@ -50,11 +48,8 @@ def site_of(lab: Path | None) -> SiteSettings:
         ConfigError: no lab is stated, none was started there, or its file cannot be used.
     """
     from harness import config
-    from harness.lab_topology import folder_of
 
-    if lab is None and not Path(TOPOLOGY_FILE).is_file():
-        raise ConfigError(f"which lab? give its folder or {TOPOLOGY_FILE} with --lab or HARNESS_LAB; {_START}")
-    folder = folder_of(lab or Path(TOPOLOGY_FILE))
+    folder = _folder_of(lab)
     if not (folder / SITE_FILE).is_file():
         raise ConfigError(f"{folder}: holds no lab that was started; {_START}")
     _folder.set(folder.absolute())
@@ -88,11 +83,16 @@ def control_of(lab: Path | None) -> LabControl:
         ConfigError: none is stated, or its file cannot be used.
     """
     from harness.lab_control import LabControl
+
+    return LabControl(_folder_of(lab))
+
+
+def _folder_of(lab: Path | None) -> Path:
     from harness.lab_topology import folder_of
 
     if lab is None and not Path(TOPOLOGY_FILE).is_file():
-        raise ConfigError(f"which lab? give its {TOPOLOGY_FILE} or its folder with --lab or HARNESS_LAB")
-    return LabControl(folder_of(lab or Path(TOPOLOGY_FILE)))
+        raise ConfigError(f"which lab? give its folder or {TOPOLOGY_FILE} with --lab or HARNESS_LAB; {_START}")
+    return folder_of(lab or Path(TOPOLOGY_FILE))
 
 
 def tenant_of(site: SiteSettings, name: str | None) -> TenantSite:
@@ -129,11 +129,10 @@ def orders_of(lab: Path | None, site: SiteSettings, tenant: TenantSite) -> KeptO
         site: of the lab.
         tenant: from `tenant_of`.
     """
-    from harness.lab_topology import folder_of
     from harness.tenant.kept_orders import KeptOrders
 
     name = next(name for name, each in site.tenants.items() if each is tenant)
-    return KeptOrders(folder_of(lab or Path(TOPOLOGY_FILE)) / "t" / name / "orders")
+    return KeptOrders(_folder_of(lab) / "t" / name / "orders")
 
 
 def host_of(site: SiteSettings, name: str | None) -> tuple[str, HostSite]:
@@ -230,7 +229,7 @@ async def _down() -> LabDown | None:
     from harness.lab_control import LabControl
 
     folder = _folder.get()
-    if folder is None or not (folder / _RECORD).is_file():
+    if folder is None or not (folder / RECORD_FILE).is_file():
         return None  # services of which no supervisor knows
     try:
         is_up = await LabControl(folder).status() is not None

@@ -30,12 +30,12 @@ from typing import Any, TypeVar
 from harness import events
 from harness.errors import ConfigError
 from harness.lab_folder import close_folder
+from harness.lab_names import SITE_FILE
 from harness.lab_onboarding import Contact, Onboarding
 from harness.lab_outcome import GuestOutcome, batches_in
 from harness.lab_plan import GuestPlan, LabPlan
 from harness.lab_site import LabSite
 from harness.lab_supervision import Supervision
-from harness.lab_topology import SITE_FILE
 
 T = TypeVar("T")
 

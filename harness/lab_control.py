@@ -26,8 +26,8 @@ from typing import Any
 from harness import config, lab_ready
 from harness.errors import ConfigError, DeadlineExceeded, HarnessError, LocalRefusal, PeerUnreachable, SimulationError
 from harness.lab_folder import close_folder, remove_sockets, supervisor_socket
+from harness.lab_names import RECORD_FILE, SITE_FILE, TOPOLOGY_FILE
 from harness.lab_record import LabRecord
-from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate, now
 from harness.tls import expired
@@ -41,7 +41,7 @@ _SERVERS = frozenset(Role) - {Role.PROVIDER_OPERATOR, Role.TENANT_OPERATOR}
 _RESTART_S = 60.0
 _POWER_S = 150.0
 _POLL_S = 0.05
-_OURS = frozenset({"h", "log", "p", "pki", "run", "t", "vendor", "x", "lab.json", SITE_FILE, "lab.yml"})
+_OURS = frozenset({"h", "log", "p", "pki", "run", "t", "vendor", "x", RECORD_FILE, SITE_FILE, TOPOLOGY_FILE})
 """What a lab's folder may hold for it to be removed by `wipe`; anything else is somebody's own."""
 
 
@@ -260,7 +260,7 @@ class LabControl:
         if strange := sorted({entry.name for entry in self.folder.iterdir()} - _OURS):
             raise ConfigError(f"{self.folder}: holds {strange[0]}, which is not a lab's; move it away first")
         try:
-            for name in _OURS - {"lab.yml"}:
+            for name in _OURS - {TOPOLOGY_FILE}:
                 path = self.folder / name
                 if path.is_dir():
                     shutil.rmtree(path)

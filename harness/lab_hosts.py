@@ -21,7 +21,7 @@ from typing import Any
 from harness import config
 from harness.errors import HarnessError, SimulationError
 from harness.lab_control import LabControl
-from harness.lab_topology import SITE_FILE
+from harness.lab_names import SITE_FILE
 from harness.unix_client import ask
 
 _GUESTS_S = 90.0

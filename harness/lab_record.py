@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.lab_names import RECORD_FILE
 from harness.private_file import write_private
 
-_FILE = "lab.json"
 _PORTS = range(20_000, 32_000)
 """Below the range from which the kernel takes ports for outgoing connections."""
 _TRIES = 200
@@ -41,7 +41,7 @@ class LabRecord:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / _FILE
+        self._path = folder / RECORD_FILE
 
     def port(self, name: str) -> int:
         """Port of a service or guest agent; a free one is chosen the first time.

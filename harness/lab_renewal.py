@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness import config
 from harness.errors import ConfigError, DeadlineExceeded, PeerUnreachable
+from harness.lab_names import SITE_FILE
 from harness.lab_record import LabRecord
-from harness.lab_topology import SITE_FILE
 from harness.peer import PeerClient
 from harness.pki import Authority, Issued, load_certificate, load_issued, now
 from harness.pki import renew as renewed

@@ -28,13 +28,14 @@ from harness import config
 from harness.errors import ConfigError, Conflict, EnrolmentError, LocalRefusal, NotFound, SimulationError
 from harness.lab_control import LabControl
 from harness.lab_hosts import domains
+from harness.lab_names import SITE_FILE
 from harness.lab_onboarding import Contact, Onboarding
 from harness.lab_outcome import GuestOutcome
 from harness.lab_plan import GuestPlan, plan_of
 from harness.lab_record import LabRecord
 from harness.lab_replacement import FILE, GuestNote, ReplacementNote, unfinished
 from harness.lab_site import LabSite, write_image
-from harness.lab_topology import SITE_FILE, load_topology
+from harness.lab_topology import load_topology
 from harness.sim import guest_definitions
 from harness.sim.control import ask as ask_hardware
 from harness.tenant.order import Order, order_in_force

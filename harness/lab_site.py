@@ -31,9 +31,9 @@ from pathlib import Path
 from harness import config
 from harness.errors import ConfigError
 from harness.lab_folder import open_folder
+from harness.lab_names import SITE_FILE
 from harness.lab_plan import GuestPlan, HostPlan, LabPlan, TenantPlan
 from harness.lab_record import LabRecord
-from harness.lab_topology import SITE_FILE
 from harness.pki import Authority, Role, now
 from harness.private_file import write_private
 from harness.sim.vendor import ROOT_CERTIFICATE, open_vendor

@@ -30,14 +30,12 @@ from pydantic import AfterValidator, Field, Strict, ValidationInfo, model_valida
 from harness import config
 from harness.config import FilePath, Settings, Whole
 from harness.errors import ConfigError, MalformedMessage
+from harness.lab_names import FOLDER, SITE_FILE, TOPOLOGY_FILE
 from harness.sim.boot import Scenario, reference_values
 from harness.sim.profiles import load_profile
 from harness.tenant.policy import Policy, parse_policy
 from harness.values import HashAlg, PcrSelection, mask_of
 
-FILE = "lab.yml"
-FOLDER = ".lab"
-SITE_FILE = "site.yml"
 DEFAULT_CHIP = "ifx-slb9670"
 BANK = HashAlg.SHA256
 MOST_TENANTS, MOST_GUESTS, MOST_HOSTS = 64, 256, 16
@@ -260,8 +258,8 @@ def folder_of(stated: Path) -> Path:
         ConfigError: a lab.yml that cannot be used.
     """
     path = stated.absolute()
-    if path.is_dir() and not (path / SITE_FILE).exists() and (path / FILE).is_file():
-        path = path / FILE
+    if path.is_dir() and not (path / SITE_FILE).exists() and (path / TOPOLOGY_FILE).is_file():
+        path = path / TOPOLOGY_FILE
     if not path.is_file():
         return path
     return config.load(path, Topology).folder_beside(path)

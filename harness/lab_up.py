@@ -22,6 +22,7 @@ from pathlib import Path
 from harness import config, console
 from harness.errors import ConfigError, EnrolmentError, HarnessError
 from harness.lab_control import LabControl
+from harness.lab_names import SITE_FILE
 from harness.lab_onboarding import Onboarding
 from harness.lab_outcome import LAB, GuestOutcome
 from harness.lab_plan import GuestPlan, LabPlan, plan_of, settings_of
@@ -29,7 +30,7 @@ from harness.lab_ready import Broken, check_provider, concerned
 from harness.lab_record import LabRecord
 from harness.lab_replacement import FILE as REPLACING
 from harness.lab_site import LabSite
-from harness.lab_topology import SITE_FILE, Topology, load_topology
+from harness.lab_topology import Topology, load_topology
 from harness.sim.control import ask as ask_hardware
 
 _REASON = "no longer in the lab's topology"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness import cli, cli_exit, cli_site, config
+from harness import cli, cli_exit, cli_site, config, lab_names
 from harness.errors import HarnessError
 from harness.tenant.order import order_in_force
 
@@ -137,7 +137,7 @@ def make_lab(folder: Path) -> Path:
     site = config.SiteSettings(
         pki=folder, provider=provider, hosts={"host1": host}, tenants={"alice": tenant, "bob": tenant}
     )
-    config.dump(site, folder / cli_site.SITE_FILE)
+    config.dump(site, folder / lab_names.SITE_FILE)
     definition = folder / "guests" / AGENT_ID / "domain.json"
     definition.parent.mkdir(parents=True)
     definition.write_text(json.dumps({"uuid": AGENT_ID, "name": "web1", "scenario": "guest-good"}))

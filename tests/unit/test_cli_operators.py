@@ -40,12 +40,17 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
 # --- which lab, which tenant, which host ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("words", [["tenant", "host", "list"], ["lab", "status"]], ids=" ".join)
 def test_without_a_lab_the_way_to_one_is_said(
-    operator: Operator, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    operator: Operator,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No --lab, no HARNESS_LAB and no lab.yml here is unusable input, and nothing is asked."""
     monkeypatch.chdir(tmp_path)
-    assert run("tenant", "host", "list") == 2
+    assert run(*words) == 2
     assert "which lab? give its folder or lab.yml with --lab or HARNESS_LAB; `harness lab up` starts one" in (
         capsys.readouterr().err
     )
