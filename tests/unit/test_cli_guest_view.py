@@ -17,23 +17,7 @@ from tests.support.cli_operators import (
     POLICIES,
     Operator,
     alice,
-    in_place_of_operators,
-    make_lab,
 )
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Path:
-    """A lab with one host, a guest and two tenants."""
-    return make_lab(tmp_path)
-
-
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """The operator that every command gets instead of connections."""
-    fake = Operator()
-    in_place_of_operators(monkeypatch, fake)
-    return fake
 
 
 def test_show_says_first_how_it_stands(lab: Path, operator: Operator, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,9 @@ import pytest
 from harness import cli_lab_acts, lab_renewal
 from harness.errors import ConfigError
 from harness.lab_renewal import Renewed
-from tests.support.cli_operators import make_lab, run
+from tests.support.cli_operators import run
 
 EXPIRES = datetime.datetime(2030, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Path:
-    """A lab with one host, a guest and two tenants."""
-    return make_lab(tmp_path)
 
 
 @pytest.fixture

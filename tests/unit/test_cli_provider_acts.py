@@ -19,26 +19,10 @@ from tests.support.cli_operators import (
     OTHER_AGENT_ID,
     OTHER_HOST_ID,
     Operator,
-    in_place_of_operators,
-    make_lab,
     run,
 )
 
 WHY = ["--reason", "ticket 4711"]
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Path:
-    """A lab with one host, a guest and two tenants."""
-    return make_lab(tmp_path)
-
-
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """The operator that every command gets instead of connections."""
-    fake = Operator()
-    in_place_of_operators(monkeypatch, fake)
-    return fake
 
 
 class Sockets:

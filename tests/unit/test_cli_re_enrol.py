@@ -15,8 +15,6 @@ from tests.support.cli_operators import (
     POLICY,
     Operator,
     alice,
-    in_place_of_operators,
-    make_lab,
 )
 
 WHY = ["--reason", "ticket 4711"]
@@ -25,20 +23,6 @@ WHY = ["--reason", "ticket 4711"]
 def kept(lab: Path) -> Path:
     """Where the former order of the guest is kept."""
     return lab / "t" / "alice" / "orders" / f"{AGENT_ID}.json"
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Path:
-    """A lab with one host, a guest and two tenants."""
-    return make_lab(tmp_path)
-
-
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """The operator that every command gets instead of connections."""
-    fake = Operator()
-    in_place_of_operators(monkeypatch, fake)
-    return fake
 
 
 def test_a_guest_is_re_enrolled_with_its_former_order(lab: Path, operator: Operator) -> None:

@@ -20,25 +20,16 @@ from tests.support.cli_operators import (
     OTHER_AGENT_ID,
     Operator,
     alice,
-    in_place_of_operators,
     make_lab,
     run,
 )
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Path:
-    """A lab with one host, a guest and two tenants."""
-    return make_lab(tmp_path)
-
-
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """The operator that every command gets instead of connections."""
-    fake = Operator()
-    fake.guest_now = {**GUEST, "attestation": ATTESTED}
-    in_place_of_operators(monkeypatch, fake)
-    return fake
+def operator(operator: Operator) -> Operator:
+    """The operator, whose guest is attested."""
+    operator.guest_now = {**GUEST, "attestation": ATTESTED}
+    return operator
 
 
 def status(lab: Path, *words: str) -> int:
