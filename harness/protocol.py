@@ -11,7 +11,7 @@ import base64
 import hashlib
 import hmac
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.errors import MalformedMessage
 from harness.values import AgentId, HashAlg, HostId, Nonce, PcrSelection
@@ -49,8 +49,11 @@ class QuoteRequest:
         agent_id: the guest of this round; None for a host-only request.
         binding: 32 bytes that tie the answer to the guest evidence of this round; present exactly when ``agent_id`` is.
 
+    ``selection`` is the requested PCRs as a selection.
+
     Raises:
         MalformedMessage: one of ``agent_id`` and ``binding`` without the other, or a binding of another length.
+        ValueError: a mask outside 1 to 2^24 - 1.
     """
 
     nonce: Nonce
@@ -58,17 +61,14 @@ class QuoteRequest:
     mask: int
     agent_id: AgentId | None = None
     binding: bytes | None = None
+    selection: PcrSelection = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.agent_id is None) != (self.binding is None):
             raise MalformedMessage("agent_id and binding go together: both or neither")
         if self.binding is not None and len(self.binding) != _DIGEST_SIZE:
             raise MalformedMessage(f"binding must have {_DIGEST_SIZE} bytes")
-
-    @property
-    def selection(self) -> PcrSelection:
-        """The requested PCRs as a selection."""
-        return PcrSelection.of(self.bank, self.mask)
+        object.__setattr__(self, "selection", PcrSelection.of(self.bank, self.mask))
 
 
 def leaf_data(request: QuoteRequest, *, requester: bytes, vtpm_ek: bytes | None) -> bytes:
@@ -84,15 +84,25 @@ def leaf_data(request: QuoteRequest, *, requester: bytes, vtpm_ek: bytes | None)
     """
     if (request.agent_id is None) != (vtpm_ek is None):
         raise ValueError("vtpm_ek is present exactly when agent_id is")
-    return (
+    before, after = leaf_ends(request, requester=requester)
+    return before + tpm2b(vtpm_ek or b"") + after
+
+
+def leaf_ends(request: QuoteRequest, *, requester: bytes) -> tuple[bytes, bytes]:
+    """What stands in a leaf before and after TPM2B(vtpm_ek): all that is known before the host looks at its guests.
+
+    Args:
+        request: as sent.
+        requester: as in `leaf_data`.
+    """
+    before = (
         LEAF_LABEL
         + tpm2b(request.nonce.value)
         + tpm2b(request.selection.marshal())
         + tpm2b(requester)
         + tpm2b(request.agent_id.bytes if request.agent_id else b"")
-        + tpm2b(vtpm_ek or b"")
-        + tpm2b(request.binding or b"")
     )
+    return before, tpm2b(request.binding or b"")
 
 
 def qualifying_data(tree_size: int, root: bytes) -> bytes:

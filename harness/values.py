@@ -64,10 +64,12 @@ class HashAlg(enum.Enum):
         Raises:
             MalformedMessage: any other text (sha1 included).
         """
-        for alg in cls:
-            if alg.text == text:
-                return alg
+        if (alg := _BY_TEXT.get(text)) is not None:
+            return alg
         raise MalformedMessage(f"hash algorithm {text[:32]!r} is not one of sha256, sha384, sha512")
+
+
+_BY_TEXT = {alg.text: alg for alg in HashAlg}
 
 
 def parse_hex(text: str, what: str, *, size: int | None = None, at_least: int = 0, at_most: int = 4096) -> bytes:
@@ -175,11 +177,13 @@ class PcrSelection:
     banks: tuple[tuple[HashAlg, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if len({bank for bank, _ in self.banks}) != len(self.banks):
-            raise ValueError("a bank is selected twice")
-        if any(not 0 < mask < 1 << PCR_COUNT for _, mask in self.banks):
-            raise ValueError("a mask is outside 1 to 2^24 - 1")
-        object.__setattr__(self, "banks", tuple(sorted(self.banks, key=lambda entry: entry[0].value)))
+        for _, mask in self.banks:
+            if not 0 < mask < 1 << PCR_COUNT:
+                raise ValueError("a mask is outside 1 to 2^24 - 1")
+        if len(self.banks) > 1:  # nearly every request asks for one bank
+            if len({bank for bank, _ in self.banks}) != len(self.banks):
+                raise ValueError("a bank is selected twice")
+            object.__setattr__(self, "banks", tuple(sorted(self.banks, key=lambda entry: entry[0].value)))
 
     @classmethod
     def of(cls, bank: HashAlg, mask: int) -> PcrSelection:
@@ -194,7 +198,10 @@ class PcrSelection:
 
     def mask(self, bank: HashAlg) -> int:
         """Mask of one bank; 0 when the bank is not selected."""
-        return dict(self.banks).get(bank, 0)
+        for selected, mask in self.banks:
+            if selected is bank:
+                return mask
+        return 0
 
     def union(self, other: PcrSelection) -> PcrSelection:
         """Selection of everything that either names."""
