@@ -42,6 +42,7 @@ from harness.messages import (
 )
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
+from harness.prefer import LONGEST_WAIT_S
 from harness.protocol import QuoteRequest, leaf_data, qualifying_data
 from harness.swtpm import SwtpmProcess
 from harness.tls import Peer, certificate_requester, identities_of
@@ -92,7 +93,8 @@ class HostStream:
     async def quote(self, request: QuoteRequest, tenant: str, requester: bytes) -> Mapping[str, Any]:
         """Answer to a request for a quote; raises, and is cancelled, like `order`."""
         fields = dict(verifier_query(VerifierQuery(request=request, host_id=None)))
-        return await self.order("quote", tenant=tenant, allowlist=_EVERYTHING, requester=requester.hex(), **fields)
+        fields |= {"tenant": tenant, "requester": requester.hex()}
+        return await self.order("quote", allowlist=_EVERYTHING, wait_s=LONGEST_WAIT_S, **fields)
 
 
 class Lies:
