@@ -103,6 +103,11 @@ class Tpm:
         """False once a call outlived its time or the client was closed."""
         return self._thread.usable
 
+    @property
+    def asked_again(self) -> int:
+        """How often a command was repeated because the TPM said that it was busy (RETRY, YIELDED, TESTING)."""
+        return self._connection.asked_again
+
     async def _run(self, call: Callable[[Connection], T]) -> T:
         return await self._thread.run(functools.partial(call, self._connection))
 

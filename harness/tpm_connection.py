@@ -43,6 +43,8 @@ class Connection:
         self._wait = wait
         self._esapi: Any = None
         self._objects: dict[int, Any] = {}
+        self.asked_again = 0
+        """How often a command was repeated because the TPM was busy; one thread writes it, anybody may read it."""
 
     def open(self) -> Any:
         """ESAPI context, connected anew if there is none."""
@@ -77,6 +79,7 @@ class Connection:
                 if code not in _RC_BUSY or tries == _BUSY_TRIES:
                     raise DeviceFault(f"{command}: {error}", response_code=code) from error
             tries += 1
+            self.asked_again += 1
             self._wait(_BUSY_WAIT_S)
 
     def object(self, handle: int, auth: bytes | None = None) -> Any:

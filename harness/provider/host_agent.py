@@ -24,6 +24,7 @@ from harness import events
 from harness.audit import AuditEntry
 from harness.config import HostAgentSettings
 from harness.health import Health
+from harness.metrics import Metrics
 from harness.peer import PeerClient
 from harness.pki import Role
 from harness.provider.announcement import keep_announced
@@ -94,12 +95,15 @@ class HostAgent:
             tpm = await stack.enter_async_context(await Tpm.open(settings.tcti))
             keys = await HostKeys.provision(tpm, settings.state_dir, ak=settings.ak)
             guests = await stack.enter_async_context(self._open_guest_side(settings, keys))
-            quoting = Quoting(keys, guests, settings.batch, guests.ca_certificate)
+            metrics = Metrics("host-agent")
+            quoting = Quoting(keys, guests, settings.batch, guests.ca_certificate, metrics)
             health = Health()
             quoting.add_checks(health)
             guests.add_checks(health)
             identities = identities_of(settings.tls)
-            app = application("host-agent", quoting.routes, identities, health=health, audit=guests.keep_audit)
+            app = application(
+                "host-agent", quoting.routes, identities, health=health, audit=guests.keep_audit, metrics=metrics
+            )
             server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
             stack.push_async_callback(quoting.stop)
             events.emit("ready", host_id=str(keys.identity.host_id), url=server.url, ak=settings.ak)

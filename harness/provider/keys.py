@@ -91,6 +91,8 @@ class HostKeys:
         self._signing = asyncio.Lock()
         self._signed_s = float("-inf")
         self._known: dict[tuple[HashAlg, int], bytes] = {}
+        self._quotes_made = 0
+        self._races = 0
         self.identity = identity
 
     @classmethod
@@ -147,6 +149,21 @@ class HostKeys:
         """False when the TPM client has been given up: no later quote can succeed."""
         return self._tpm.usable
 
+    @property
+    def quotes_made(self) -> int:
+        """TPM2_Quote commands that the TPM has carried out, for whatever came of them."""
+        return self._quotes_made
+
+    @property
+    def races(self) -> int:
+        """Quotes that were of no use, because a PCR was extended before its value was read."""
+        return self._races
+
+    @property
+    def asked_again(self) -> int:
+        """TPM commands that were repeated because the TPM was busy."""
+        return self._tpm.asked_again
+
     # --- quotes ---------------------------------------------------------------------------------------------------
 
     async def quote_batch(self, batch: SealedBatch) -> Quote:
@@ -181,6 +198,7 @@ class HostKeys:
             attest, signature = await self._sign(
                 lambda: self._tpm.quote(self._ak_handle, self._auths.ak, extra_data, selection)
             )
+            self._quotes_made += 1
             pcrs = await self._values(attest, selection)
             if pcrs is not None:
                 return Quote(
@@ -190,6 +208,7 @@ class HostKeys:
                     pcrs=pcrs,
                     tpm_quotes=tpm_quotes,
                 )
+            self._races += 1
         raise TpmError(f"a PCR was extended during each of {_QUOTE_TRIES} quotes")
 
     async def _values(self, attest: bytes, selection: PcrSelection) -> PcrValues | None:

@@ -18,12 +18,16 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
 from harness.messages import encode_proof, encode_shared
+from harness.metrics import OTHER, Metrics
 from harness.provider.batch import PendingQuote
 from harness.provider.batcher import Answer, SharedAnswer
 from harness.provider.stream import (
     PROOFS_PER_FRAME,
+    ActivateOrder,
     CancelOrder,
+    CertifyOrder,
     Channel,
+    IdentityOrder,
     Order,
     QuoteOrder,
     encode_batch,
@@ -34,6 +38,12 @@ from harness.provider.stream import (
 )
 
 FLUSH_S = 0.5
+_CALLS: Mapping[type, str] = {
+    QuoteOrder: "stream quote",
+    IdentityOrder: "stream identity",
+    ActivateOrder: "stream activate",
+    CertifyOrder: "stream certify",
+}
 
 
 Quotes = Callable[[PendingQuote], Awaitable[Answer]]
@@ -48,12 +58,14 @@ class StreamSession:
         channel: the connection.
         quotes: answers requests for a quote.
         others: answers the orders of enrolment.
+        metrics: count the orders, as ``stream quote`` and so on.
     """
 
-    def __init__(self, channel: Channel, quotes: Quotes, others: Others) -> None:
+    def __init__(self, channel: Channel, quotes: Quotes, others: Others, metrics: Metrics | None = None) -> None:
         self._channel = channel
         self._quotes = quotes
         self._others = others
+        self._metrics = metrics or Metrics("host-agent")
         self._running: dict[int, asyncio.Task[None]] = {}
         self._outbox: asyncio.Queue[_Outgoing | None] = asyncio.Queue()  # None: the last one has been put
 
@@ -91,6 +103,7 @@ class StreamSession:
             try:
                 order = parse_order(members)
             except (MalformedMessage, MessageTooLarge) as error:
+                self._metrics.ended(f"stream {OTHER}", 0.0, error)
                 self._outbox.put_nowait((number, error))
                 continue
             running = self._running.get(number)
@@ -105,10 +118,11 @@ class StreamSession:
 
     async def _work(self, number: int, order: Order) -> None:
         try:
-            if isinstance(order, QuoteOrder):
-                self._outbox.put_nowait((number, await self._quotes(order.pending)))
-            else:
-                self._outbox.put_nowait((number, await self._others(order)))
+            with self._metrics.call(_CALLS[type(order)]):
+                answer: Answer | Mapping[str, object] = (
+                    await self._quotes(order.pending) if isinstance(order, QuoteOrder) else await self._others(order)
+                )
+            self._outbox.put_nowait((number, answer))
         except HarnessError as error:
             self._outbox.put_nowait((number, error))
 

@@ -19,10 +19,12 @@ from harness import events
 from harness.config import BatchSettings
 from harness.errors import DeviceUnavailable, MalformedMessage, MessageTooLarge, TransportError
 from harness.health import Health
+from harness.metrics import Metrics
 from harness.pki import Role
 from harness.provider.batch import RFC9162, TreeBuilder
 from harness.provider.batcher import Batcher, BatchReport, Residency, Surroundings
 from harness.provider.desk import Desk
+from harness.provider.host_metrics import HostFigures
 from harness.provider.keys import HostKeys
 from harness.provider.merklelib_tree import MERKLELIB
 from harness.provider.stream_host import StreamSession
@@ -40,12 +42,20 @@ class Quoting:
         residency: which guests run here.
         batch: bounds of the batcher, and how trees are built.
         ca_certificate: self-signed certificate of the vTPM CA key, DER.
+        metrics: of the service.
 
     Raises:
         ConfigError: the tree builder is not installed.
     """
 
-    def __init__(self, keys: HostKeys, residency: Residency, batch: BatchSettings, ca_certificate: bytes) -> None:
+    def __init__(
+        self,
+        keys: HostKeys,
+        residency: Residency,
+        batch: BatchSettings,
+        ca_certificate: bytes,
+        metrics: Metrics | None = None,
+    ) -> None:
         builder = tree_builder(batch.tree)
         self._batcher = Batcher(
             keys, residency, batch, builder=builder, surroundings=Surroundings(observe=self._observe)
@@ -54,6 +64,8 @@ class Quoting:
         self._sessions: set[StreamSession] = set()
         self._keys = keys
         self._last_fault: str | None = None
+        self._metrics = metrics or Metrics("host-agent")
+        self._figures = HostFigures(self._metrics, self._batcher, keys, lambda: len(self._sessions))
 
     @property
     def routes(self) -> list[Route]:
@@ -83,6 +95,7 @@ class Quoting:
     def _observe(self, report: BatchReport) -> None:
         if report.requests:
             self._last_fault = None if report.tpm_quotes else report.outcome
+        self._figures.batch(report)
         events.emit("batch", **report.event())
 
     async def run(self) -> None:
@@ -103,7 +116,7 @@ class Quoting:
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         channel, response = await accept_channel(request)
         peer = peer_of(request)
-        session = StreamSession(channel, self._desk.quote, self._desk.enrol)
+        session = StreamSession(channel, self._desk.quote, self._desk.enrol, self._metrics)
         self._sessions.add(session)
         events.emit("stream_opened", peer=peer.name, authority=peer.authority)
         try:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from harness.attest import owner_qualified_name
 from harness.config import BatchSettings, Listen, TlsSettings
 from harness.messages import VerifierQuery, verifier_query
+from harness.metrics import Metrics
 from harness.peer import PeerClient
 from harness.pki import Authority, Role, load_certificate
 from harness.protocol import QuoteRequest
@@ -69,6 +70,7 @@ class ProviderLab:
     keys: HostKeys
     residency: FakeResidency
     quoting: Quoting
+    agent_metrics: Metrics
     agent_url: str
     verifier_url: str = ""
     records: Snapshot
@@ -153,11 +155,12 @@ async def provider_lab(
         tpm = await stack.enter_async_context(await Tpm.open(process.tcti))
         keys = await HostKeys.provision(tpm, folder / "agent", ak=ak)
         residency = FakeResidency()
-        quoting = Quoting(keys, residency, batch or BatchSettings(), CA_CERTIFICATE)
+        agent_metrics = Metrics("host-agent")
+        quoting = Quoting(keys, residency, batch or BatchSettings(), CA_CERTIFICATE, agent_metrics)
         agent_tls = pki.tls("provider", Role.HOST_AGENT, "host-1", trusts=["provider"])
         tasks = await stack.enter_async_context(_tasks())
         tasks.append(asyncio.create_task(quoting.run()))
-        agent = application("host-agent", quoting.routes, identities_of(agent_tls))
+        agent = application("host-agent", quoting.routes, identities_of(agent_tls), metrics=agent_metrics)
         agent_server = await stack.enter_async_context(serve(agent, agent_tls, Listen()))
         stack.push_async_callback(quoting.stop)
 
@@ -184,6 +187,7 @@ async def provider_lab(
             keys=keys,
             residency=residency,
             quoting=quoting,
+            agent_metrics=agent_metrics,
             agent_url=agent_server.url,
             proxy=proxy,
             admission=admission,
