@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from harness.provider.registrar import follow_tenants
 from harness.provider.registrar_store import RegistrarStore
 from harness.store import Store
 from harness.tls import Identities, server_context
+from tests.support.database_faults import Fault, full, locked
 from tests.support.databases import sqlite_url
 from tests.support.provider_lab import Pki
 from tests.support.schemas import PROVIDER
@@ -81,30 +80,8 @@ async def site() -> AsyncIterator[Site]:
             yield Site(folder, stack)
 
 
-@contextlib.contextmanager
-def locked(site: Site) -> Iterator[None]:
-    """Another process holds the write lock."""
-    connection = sqlite3.connect(site.database, isolation_level=None)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
-    finally:
-        connection.close()
-
-
-@contextlib.contextmanager
-def full(site: Site) -> Iterator[None]:
-    """No byte more can be written to any file."""
-    site.process.limit_files(0)
-    yield
-    site.process.limit_files(None)
-
-
 @pytest.mark.parametrize("fault", [locked, full])
-async def test_a_database_that_fails_is_503_until_it_is_back(
-    site: Site, fault: Callable[[Site], contextlib.AbstractContextManager[None]]
-) -> None:
+async def test_a_database_that_fails_is_503_until_it_is_back(site: Site, fault: Fault) -> None:
     """The process lives; alice stays onboarded, bob is not half onboarded, and the next call works."""
     async with serving(site.process):
         await site.add("alice")

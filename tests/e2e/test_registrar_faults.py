@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from harness.errors import NotReady, PeerUnreachable, ShuttingDown
 from harness.tenant.enrolment import SECRET_SIZE
+from tests.support.database_faults import Fault, Site, full, locked
 from tests.support.registrar_process import RegistrarSite, registrar_site
 from tests.support.service_process import STOP_S, serving
 from tests.support.tenant_wire import AGENT
@@ -25,7 +25,6 @@ from tests.support.tpms import short_folder
 
 WAIT_S = 120.0
 RESTORE = "harness db restore"
-Fault = Callable[[RegistrarSite], contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -125,27 +124,7 @@ async def test_what_is_enrolled_is_enrolled_after_a_restart(site: RegistrarSite,
 
 
 @contextlib.contextmanager
-def locked(site: RegistrarSite) -> Iterator[None]:
-    """Another process holds the write lock for longer than anybody waits for it."""
-    connection = sqlite3.connect(site.database, isolation_level=None)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
-    finally:
-        connection.close()
-
-
-@contextlib.contextmanager
-def full(site: RegistrarSite) -> Iterator[None]:
-    """No byte more can be written to any file."""
-    site.process.limit_files(0)
-    yield
-    site.process.limit_files(None)
-
-
-@contextlib.contextmanager
-def read_only(site: RegistrarSite) -> Iterator[None]:
+def read_only(site: Site) -> Iterator[None]:
     """The file and its log cannot be changed, not even by root and by who has them open."""
     files = [site.database, site.database.with_name(f"{site.database.name}-wal")]
     if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", *files], check=False).returncode:
