@@ -20,6 +20,7 @@ from harness import events
 from harness.config import ProviderVerifierSettings
 from harness.errors import ProtocolError, StoreError
 from harness.health import Health
+from harness.metrics import Metrics
 from harness.own_certificate import Audit, to_events
 from harness.provider.admission import Admission, Load, Snapshot
 from harness.provider.authorities import TenantAuthorities
@@ -119,13 +120,15 @@ class ProviderVerifier:
 
             admission = Admission(records.load, changed=changed)
             identities = identities_of(settings.tls)
-            proxy = Proxy(admission, links)
+            metrics = Metrics("provider-verifier")
+            proxy = Proxy(admission, links, metrics=metrics)
             app = application(
                 "provider-verifier",
                 proxy.routes,
                 identities,
                 health=_health(admission, links),
                 audit=records.audit,
+                metrics=metrics,
             )
             server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
             await stack.enter_async_context(links)  # left before the server is: its waiters are answered

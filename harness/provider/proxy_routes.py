@@ -28,6 +28,7 @@ from harness import events
 from harness.credential import parse_keylime_blob
 from harness.errors import AccessDenied, HarnessError, MalformedMessage, ShareExhausted, WouldBeLate
 from harness.messages import parse_verifier_query
+from harness.metrics import Metrics
 from harness.pki import Role
 from harness.prefer import HEADER as PREFER
 from harness.prefer import parse_wait
@@ -35,6 +36,7 @@ from harness.provider.admission import Admission, Admitted
 from harness.provider.batch import PendingQuote
 from harness.provider.clock import Clock, SystemClock
 from harness.provider.host_links import HostLinks
+from harness.provider.proxy_metrics import ProxyFigures
 from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, decode_base64
 from harness.tls import Peer
 from harness.values import Nonce, parse_host_id
@@ -50,12 +52,21 @@ class Proxy:
         admission: who may ask what.
         links: to the hosts.
         clock: for the time in which an answer is of use.
+        metrics: of the service.
     """
 
-    def __init__(self, admission: Admission, links: HostLinks, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        links: HostLinks,
+        *,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._admission = admission
         self._links = links
         self._clock = clock or SystemClock()
+        self._figures = ProxyFigures(metrics or Metrics("provider-verifier"), links.states)
         self._enrolling: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._tenants: Mapping[str, str] = {}
@@ -71,6 +82,7 @@ class Proxy:
             for leash in self._in_work.pop(name, ()):
                 leash.reschedule(asyncio.get_running_loop().time())
         self._tenants = dict(tenants)
+        self._figures.follow(tenants)
 
     @property
     def refusals(self) -> Mapping[str, int]:
@@ -96,7 +108,8 @@ class Proxy:
         async def call(request: web.Request) -> object:
             peer = peer_of(request)
             try:
-                return await self._while_known(peer.authority, handler(request, peer))
+                with self._figures.call(peer.authority):
+                    return await self._while_known(peer.authority, handler(request, peer))
             except HarnessError as error:
                 name = type(error).__name__
                 self._refusals[name] += 1

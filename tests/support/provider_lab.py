@@ -71,6 +71,7 @@ class ProviderLab:
     residency: FakeResidency
     quoting: Quoting
     agent_metrics: Metrics
+    metrics: Metrics
     agent_url: str
     verifier_url: str = ""
     records: Snapshot
@@ -179,7 +180,8 @@ async def provider_lab(
             proxy.follow(snapshot.tenants)
 
         admission = Admission(load, changed=changed)
-        proxy = Proxy(admission, links)
+        metrics = Metrics("provider-verifier")
+        proxy = Proxy(admission, links, metrics=metrics)
         everything = PcrSelection.of(HashAlg.SHA256, 0xFFFF)
         lab = ProviderLab(
             pki=pki,
@@ -190,6 +192,7 @@ async def provider_lab(
             agent_metrics=agent_metrics,
             agent_url=agent_server.url,
             proxy=proxy,
+            metrics=metrics,
             admission=admission,
             records=Snapshot(
                 tenants={tenant: pki.pem(tenant) for tenant in tenants},
@@ -200,7 +203,7 @@ async def provider_lab(
             ),
         )
         identities = identities_of(verifier_tls)
-        app = application("provider-verifier", proxy.routes, identities)
+        app = application("provider-verifier", proxy.routes, identities, metrics=metrics)
         server = await stack.enter_async_context(serve(app, verifier_tls, Listen()))
         authorities.append(TenantAuthorities(identities, server.context))
         lab.verifier_url = server.url
