@@ -64,9 +64,11 @@ class MerkleTree:
         if any(len(leaf) != HASH_SIZE for leaf in leaf_hashes):
             raise ValueError(f"a leaf hash has {HASH_SIZE} bytes")
         # Level by level; an odd last node is promoted, which gives the same tree as the RFC's recursive definition.
+        sha256 = hashlib.sha256  # `node_hash` in line: a call per node is a third of the time
         self._levels = [list(leaf_hashes)]
         while len(level := self._levels[-1]) > 1:
-            above = [node_hash(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+            pairs = zip(level[::2], level[1::2], strict=False)
+            above = [sha256(b"\x01" + left + right).digest() for left, right in pairs]
             if len(level) % 2:
                 above.append(level[-1])
             self._levels.append(above)
@@ -98,9 +100,24 @@ class MerkleTree:
             index >>= 1
         return InclusionProof(leaf_index=leaf_index, tree_size=self.size, hashes=tuple(hashes))
 
+    def paths(self) -> list[tuple[bytes, ...]]:
+        """Siblings from leaf to root of all leaves, in their order; made in one pass from the root down."""
+        paths: list[tuple[bytes, ...]] = [()]
+        for level in reversed(self._levels[:-1]):
+            below: list[tuple[bytes, ...]] = []
+            for path, left, right in zip(paths, level[::2], level[1::2], strict=False):
+                below += ((right, *path), (left, *path))
+            if len(level) % 2:
+                below.append(paths[-1])  # a promoted node has no sibling
+            paths = below
+        return paths
+
     def proofs(self) -> list[InclusionProof]:
         """Inclusion proofs of all leaves, in their order."""
-        return [self.proof(index) for index in range(self.size)]
+        size = self.size
+        return [
+            InclusionProof(leaf_index=index, tree_size=size, hashes=path) for index, path in enumerate(self.paths())
+        ]
 
 
 def root_from_proof(leaf: bytes, proof: InclusionProof) -> bytes:

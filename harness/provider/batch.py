@@ -1,32 +1,34 @@
-"""Open pools and sealed batches: who may share a quote, and what the batch signs. Pure; no task, clock or TPM.
+"""Waiting requests and sealed batches: what a batch signs, and what each member is given. Pure; no task, clock or TPM.
 
 Invariants:
-    1. At each moment the union of a pool's selections lies inside the allowlist of every one of its members, so that
-       every member may be handed every PCR that the quote covers.
-    2. A waiter is in at most one pool, and a sealed batch never changes.
-    3. A sealed batch's leaves are in random order and filled up with random leaf hashes to a power of two of at least
+    1. A sealed batch never changes.
+    2. A sealed batch's leaves are in random order and filled up with random leaf hashes to a power of two of at least
        16: size and index tell a member little about the others. No verifier depends on either.
-    4. Where a pool is larger than what is taken from it, tenants take turns, and a pool that was served waits behind
-       every pool that has not been served since.
+    3. All members of a batch are given one `SharedAnswer` object, so that it is encoded and sent once.
 
-Owner: `batcher.Batcher` changes pools; a `SealedBatch` is read by the quoter.
+Owner: `batcher.Batcher` has the waiters; a `SealedBatch` is read by the quoter.
 
-Spec: DESIGN 3.2 (leaf, filling), 3.4 (pools), 4 (order, fairness).
+Spec: DESIGN 3.2 (leaf, filling), 3.3, 4.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections import Counter, OrderedDict
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from harness import merkle, protocol
+from harness.errors import HarnessError
 from harness.merkle import InclusionProof
 from harness.protocol import QuoteRequest
 from harness.values import AgentId, HashAlg, HostId, PcrSelection, PcrValues
+
+if TYPE_CHECKING:
+    from harness.provider.pools import Pool
 
 SMALLEST_TREE = 16
 _FILLING_SIZE = 32  # random bytes behind each leaf hash that belongs to nobody
@@ -43,8 +45,8 @@ class Tree(Protocol):
     def root(self) -> bytes:
         """Root hash (RFC 9162, 2.1.1)."""
 
-    def proofs(self) -> Sequence[InclusionProof]:
-        """Inclusion proof of each leaf, in the order of the leaves."""
+    def paths(self) -> Sequence[tuple[bytes, ...]]:
+        """Siblings from leaf to root of each leaf (RFC 9162, 2.1.3.1), in the order of the leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,13 @@ class TreeBuilder:
         name: as in the settings (``rfc9162``, ``merklelib``).
         build: tree over these leaf hashes.
         limit: largest number of leaves that it may be given.
+        cost: what it costs, in a sentence for the log; empty where it costs nothing worth a warning.
     """
 
     name: str
     build: Callable[[Sequence[bytes]], Tree]
     limit: int
+    cost: str = ""
 
 
 RFC9162 = TreeBuilder(name="rfc9162", build=merkle.MerkleTree, limit=1 << 20)
@@ -94,114 +98,94 @@ class PendingQuote:
         """The guest of a guest round."""
         return self.request.agent_id
 
+
+class Waiter:
+    """A pending quote that waits, from its arrival until an outcome is delivered or its caller gives up.
+
+    Args:
+        pending: the request.
+        arrived_s: monotonic time.
+        due_s: monotonic time from which an answer is of no use.
+        kind: as `pools.kind_of` gives it.
+        deliver: takes the outcome; None when nobody waits (any more).
+    """
+
+    __slots__ = ("_after", "_before", "arrived_s", "deliver", "due_s", "kind", "pending", "pool")
+
+    def __init__(
+        self,
+        *,
+        pending: PendingQuote,
+        arrived_s: float,
+        due_s: float = float("inf"),
+        kind: int = 0,
+        deliver: Deliver | None = None,
+    ) -> None:
+        self.pending = pending
+        self.arrived_s = arrived_s
+        self.due_s = due_s
+        self.kind = kind
+        self.deliver = deliver
+        self.pool: Pool | None = None
+        # Ready when the batch is sealed: the TPM then waits for nothing but a hash.
+        self._before, self._after = protocol.leaf_ends(pending.request, requester=pending.requester)
+
     def leaf_hash(self, vtpm_ek: bytes | None) -> bytes:
         """This request's leaf hash.
 
         Args:
             vtpm_ek: SHA-256 of the public key of the guest's vTPM EK as this host knows it; None for a host-only round.
+
+        Raises:
+            ValueError: a guest without ``vtpm_ek``, or the reverse.
         """
-        return merkle.leaf_hash(protocol.leaf_data(self.request, requester=self.requester, vtpm_ek=vtpm_ek))
+        if (self.pending.request.agent_id is None) != (vtpm_ek is None):
+            raise ValueError("vtpm_ek is present exactly when agent_id is")
+        return hashlib.sha256(b"\x00" + self._before + protocol.tpm2b(vtpm_ek or b"") + self._after).digest()
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Waiter:
-    """A pending quote in a pool; ``arrived_s`` is monotonic time."""
-
-    pending: PendingQuote
-    arrived_s: float
-
-
-@dataclass(slots=True, eq=False)
-class Pool:
-    """Waiters that may share one quote. An empty pool is thrown away by its owner, never reused."""
-
-    _tenants: OrderedDict[str, OrderedDict[Waiter, None]] = field(default_factory=OrderedDict)
-    # Counted, not recomputed: neither many masks nor many cancelled requests make the next `admits` slow.
-    _asked: Counter[tuple[HashAlg, int]] = field(default_factory=Counter)
-    _allowlists: Counter[PcrSelection] = field(default_factory=Counter)
-    _served_s: float = float("-inf")
-
-    def __len__(self) -> int:
-        return self._allowlists.total()
-
-    def admits(self, pending: PendingQuote) -> bool:
-        """Whether the union with this request lies inside the allowlist of every member and of the request."""
-        union = self.selection.union(pending.request.selection)
-        return union.within(pending.allowlist) and all(union.within(allowlist) for allowlist in self._allowlists)
-
-    @property
-    def selection(self) -> PcrSelection:
-        """Union of the members' selections."""
-        return _selection_of(self._asked)
-
-    def add(self, waiter: Waiter) -> None:
-        """Puts a waiter that `admits` accepts at the end of its tenant's queue."""
-        self._tenants.setdefault(waiter.pending.tenant, OrderedDict())[waiter] = None
-        self._asked.update(waiter.pending.request.selection)
-        self._allowlists[waiter.pending.allowlist] += 1
-
-    def discard(self, waiter: Waiter) -> None:
-        """Takes a waiter out, if it is in this pool."""
-        queue = self._tenants.get(waiter.pending.tenant)
-        if queue is None or waiter not in queue:
-            return
-        del queue[waiter]
-        if not queue:
-            del self._tenants[waiter.pending.tenant]
-        self._asked -= Counter(waiter.pending.request.selection)  # drops what nobody asks any more
-        self._allowlists -= Counter([waiter.pending.allowlist])
-
-    def take(self, limit: int, now_s: float) -> list[Waiter]:
-        """Takes up to ``limit`` waiters out: one of each tenant in turn, each tenant's oldest first."""
-        taken: list[Waiter] = []
-        while self._tenants and len(taken) < limit:
-            tenant, queue = next(iter(self._tenants.items()))
-            waiter = next(iter(queue))
-            self._tenants.move_to_end(tenant)
-            self.discard(waiter)
-            taken.append(waiter)
-        self._served_s = now_s
-        return taken
-
-    @property
-    def waiting_since_s(self) -> float:
-        """When its oldest waiter came, or when the pool was last served if that is later."""
-        return max(self._served_s, min(next(iter(queue)).arrived_s for queue in self._tenants.values()))
-
-
-def _selection_of(pcrs: Iterable[tuple[HashAlg, int]]) -> PcrSelection:
-    lists: dict[HashAlg, list[int]] = {}
-    for bank, pcr in pcrs:
-        lists.setdefault(bank, []).append(pcr)
-    return PcrSelection.from_lists(lists)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SealedBatch:
     """What one quote signs: the tree over its members' leaves and the union of their selections.
 
     Args:
-        id: names the batch in answers and events; random, tells nothing.
+        batch_id: names the batch in answers and events; random, tells nothing.
         tree: over members' and filling leaves.
         selection: union of the members' selections.
         sealed_at: UTC.
+        indices: each member's leaf index.
     """
 
-    id: str
-    tree: Tree
-    selection: PcrSelection
-    sealed_at: datetime
-    _indices: Mapping[Waiter, int] = field(repr=False)
+    __slots__ = ("_indices", "_paths", "id", "sealed_at", "selection", "tree")
+
+    def __init__(
+        self, batch_id: str, tree: Tree, selection: PcrSelection, sealed_at: datetime, indices: Mapping[Waiter, int]
+    ) -> None:
+        self.id = batch_id
+        self.tree = tree
+        self.selection = selection
+        self.sealed_at = sealed_at
+        self._indices = indices
+        self._paths: Sequence[tuple[bytes, ...]] | None = None
 
     @property
     def members(self) -> tuple[Waiter, ...]:
         """Those whose request is a leaf."""
         return tuple(self._indices)
 
+    def paths(self) -> Sequence[tuple[bytes, ...]]:
+        """The tree's paths; made on the first call, which is best while the TPM works."""
+        if self._paths is None:
+            self._paths = self.tree.paths()
+        return self._paths
+
+    def proof(self, member: Waiter) -> InclusionProof:
+        """Inclusion proof of one member."""
+        index = self._indices[member]
+        return InclusionProof(leaf_index=index, tree_size=self.tree.size, hashes=self.paths()[index])
+
     def proofs(self) -> dict[Waiter, InclusionProof]:
         """Each member's inclusion proof."""
-        proofs = self.tree.proofs()
-        return {waiter: proofs[index] for waiter, index in self._indices.items()}
+        return {member: self.proof(member) for member in self._indices}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +207,34 @@ class Quote:
     tpm_quotes: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedAnswer:
+    """What all members of a batch are given alike; one object per batch.
+
+    Args:
+        batch_id: names the batch.
+        sealed_at: UTC.
+        quote: what the TPM signed.
+    """
+
+    batch_id: str
+    sealed_at: datetime
+    quote: Quote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one waiter is given."""
+
+    shared: SharedAnswer
+    proof: InclusionProof
+
+
+Outcome = Answer | HarnessError
+Deliver = Callable[[Outcome], None]
+"""Takes the outcome of one request, from the event loop; is quick, and does not raise."""
+
+
 def seal(
     members: Mapping[Waiter, bytes | None], *, builder: TreeBuilder, rng: random.Random, sealed_at: datetime
 ) -> SealedBatch:
@@ -241,17 +253,37 @@ def seal(
     """
     if not members:
         raise ValueError("a batch needs a member")
-    leaf_of = {waiter: waiter.pending.leaf_hash(vtpm_ek) for waiter, vtpm_ek in members.items()}
-    leaves = list(dict.fromkeys(leaf_of.values()))
-    filled = max(SMALLEST_TREE, 1 << (len(leaves) - 1).bit_length())
-    leaves += [merkle.leaf_hash(rng.randbytes(_FILLING_SIZE)) for _ in range(filled - len(leaves))]
-    rng.shuffle(leaves)
-    position = {leaf: index for index, leaf in enumerate(leaves)}
-    asked = {waiter.pending.request.selection for waiter in members}
+    leaf_of = {waiter: waiter.leaf_hash(vtpm_ek) for waiter, vtpm_ek in members.items()}
+    distinct = dict.fromkeys(leaf_of.values())
+    filled = max(SMALLEST_TREE, 1 << (len(distinct) - 1).bit_length())
+    leaves = [*distinct, *_filling(filled - len(distinct), rng)]
+    order = _permutation(filled, rng)
+    index_of = dict(zip(distinct, order, strict=False))
+    placed = leaves[:]
+    for index, leaf in zip(order, leaves, strict=True):
+        placed[index] = leaf
     return SealedBatch(
-        id=rng.randbytes(8).hex(),
-        tree=builder.build(leaves),
-        selection=_selection_of(pcr for selection in asked for pcr in selection),
+        batch_id=rng.randbytes(8).hex(),
+        tree=builder.build(placed),
+        selection=_selection_of(waiter.pending.request for waiter in members),
         sealed_at=sealed_at,
-        _indices={waiter: position[leaf] for waiter, leaf in leaf_of.items()},
+        indices={waiter: index_of[leaf] for waiter, leaf in leaf_of.items()},
     )
+
+
+def _filling(count: int, rng: random.Random) -> list[bytes]:
+    drawn = rng.randbytes(count * _FILLING_SIZE)
+    return [merkle.leaf_hash(drawn[at : at + _FILLING_SIZE]) for at in range(0, len(drawn), _FILLING_SIZE)]
+
+
+def _permutation(size: int, rng: random.Random) -> list[int]:
+    """Random order of 0 to size - 1, by random keys: one draw, where a shuffle asks the system once for each."""
+    keys = struct.unpack(f"{size}Q", rng.randbytes(8 * size))
+    return sorted(range(size), key=keys.__getitem__)
+
+
+def _selection_of(requests: Iterable[QuoteRequest]) -> PcrSelection:
+    masks: dict[HashAlg, int] = {}
+    for bank, mask in {(request.bank, request.mask) for request in requests}:
+        masks[bank] = masks.get(bank, 0) | mask
+    return PcrSelection(tuple(masks.items()))

@@ -1,9 +1,6 @@
-"""What the batcher is given and what it gives: its neighbours, its bounds, answers and reports.
+"""What the batcher is given and what it tells: its neighbours, its bounds, its surroundings and its reports.
 
-Invariants:
-    1. All members of a batch are given one `SharedAnswer` object, so that it is encoded and sent once.
-
-Spec: DESIGN 3.3, 4.
+Spec: DESIGN 4.
 """
 
 from __future__ import annotations
@@ -11,11 +8,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from typing import Any, Protocol
 
 from harness.errors import GuestNotHere, NotReady
-from harness.merkle import InclusionProof
 from harness.provider.batch import Quote, SealedBatch
 from harness.provider.clock import Clock, SystemClock
 from harness.values import AgentId
@@ -37,29 +32,6 @@ class Residency(Protocol):
 
     async def check(self, agent_ids: frozenset[AgentId]) -> Mapping[AgentId, bytes | GuestNotHere | NotReady]:
         """Per guest: SHA-256 of the public key of its vTPM's EK if it runs here now, else why it gets no leaf."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedAnswer:
-    """What all members of a batch are given alike; one object per batch.
-
-    Args:
-        batch_id: names the batch.
-        sealed_at: UTC.
-        quote: what the TPM signed.
-    """
-
-    batch_id: str
-    sealed_at: datetime
-    quote: Quote
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What one waiter is given."""
-
-    shared: SharedAnswer
-    proof: InclusionProof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +90,14 @@ class Bounds(Protocol):
     def linger_s(self) -> float:
         """Seconds to wait for company before a pool is sealed."""
 
+    @property
+    def strategy(self) -> str:
+        """Who shares a quote: ``batched``, ``single`` or ``window``."""
+
+    @property
+    def window_s(self) -> float:
+        """Seconds that ``window`` sleeps."""
+
 
 def _nobody_looks(report: BatchReport) -> None:
     """Default observer."""
@@ -132,7 +112,8 @@ class Surroundings:
         rng: order of leaves and filling; nobody may be able to predict it.
         observe: told about every batch.
         residency_s: seconds that a residency check may take.
-        answer_s: seconds after which a waiter gives up; a tenant does so after 30 (DESIGN 3.5, check 1).
+        answer_s: most seconds that a waiter waits, whatever its request says; a tenant gives up after 30 (DESIGN 3.5,
+            check 1).
     """
 
     clock: Clock = field(default_factory=SystemClock)

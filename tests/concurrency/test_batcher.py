@@ -253,6 +253,8 @@ async def test_not_knowing_who_is_here_is_not_absence(fault: Exception | None) -
         guest, host_only = made.submit(a_request(agent_id=agent(1))), made.submit(a_request())
         await settle()
         made.quoter.let_go()
+        await settle()
+        made.clock.advance(made.residency_s)
         await within([host_only])
         assert errors_of([guest]) == [NotReady]
 

@@ -174,8 +174,12 @@ async def test_cancelling_the_owner_at_any_await_releases_everybody(point: str) 
 
 async def test_a_request_without_an_owner_ends_by_its_own_deadline() -> None:
     """Even a quote that never comes keeps nobody for ever; the place in the pool is free afterwards."""
-    async with bench(answer_s=0.02, bounds=Bounds(tenant_share=1)) as made:
+    async with bench(answer_s=20.0, bounds=Bounds(tenant_share=1)) as made:
         stuck = await made.in_flight(a_request("alice"))
+        made.clock.advance(19.9)
+        await settle()
+        assert not stuck.done()
+        made.clock.advance(0.2)
         await asyncio.wait([stuck], timeout=WAIT_S)
         assert errors_of([stuck]) == [DeadlineExceeded]
         again = made.submit(a_request("alice"))

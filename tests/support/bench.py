@@ -16,6 +16,8 @@ from tests.support.manual_clock import ManualClock
 from tests.support.pendings import a_request
 from tests.support.soft_tpm import SoftTpm
 
+RESIDENCY_S = 2.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
@@ -25,6 +27,8 @@ class Bounds:
     max_pools: int = 8
     tenant_share: int = 1024
     linger_s: float = 0.0
+    strategy: str = "batched"
+    window_s: float = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +40,7 @@ class Bench:
     residency: FakeResidency
     clock: ManualClock
     owner: asyncio.Task[None]
+    residency_s: float = RESIDENCY_S
     reports: list[BatchReport] = field(default_factory=list)
     tasks: list[asyncio.Task[Answer]] = field(default_factory=list)
 
@@ -68,7 +73,11 @@ async def bench(
     quoter, residency, clock = FakeQuoter(SoftTpm()), FakeResidency(), ManualClock()
     reports: list[BatchReport] = []
     around = Surroundings(
-        clock=clock, rng=seed or random.SystemRandom(), observe=reports.append, residency_s=0.05, answer_s=answer_s
+        clock=clock,
+        rng=seed or random.SystemRandom(),
+        observe=reports.append,
+        residency_s=RESIDENCY_S,
+        answer_s=answer_s,
     )
     batcher = Batcher(quoter, residency, bounds, builder=builder, surroundings=around)
     owner = asyncio.create_task(batcher.run())

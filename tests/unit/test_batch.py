@@ -1,4 +1,4 @@
-"""Pools and sealed batches, without a task or a TPM."""
+"""Sealed batches, without a task or a TPM."""
 
 from __future__ import annotations
 
@@ -7,127 +7,22 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from harness import merkle, protocol
-from harness.provider.batch import RFC9162, PendingQuote, Pool, SealedBatch, TreeBuilder, Waiter, seal
+from harness.provider.batch import RFC9162, PendingQuote, SealedBatch, TreeBuilder, Waiter, seal
 from harness.provider.batching import BatchReport
 from harness.provider.merklelib_tree import MERKLELIB, MerklelibTree
-from harness.values import HashAlg, PcrSelection
 from tests.support.pendings import a_request, agent, allow
 
 SEALED_AT = datetime(2026, 1, 2, tzinfo=UTC)
-PCRS = st.sets(st.integers(0, 15), min_size=1, max_size=4)
 
 
-def waiter(pending: PendingQuote, arrived_s: float = 0.0) -> Waiter:
-    return Waiter(pending=pending, arrived_s=arrived_s)
-
-
-def pool_of(*pendings: PendingQuote) -> Pool:
-    pool = Pool()
-    for arrived_s, pending in enumerate(pendings):
-        assert pool.admits(pending)
-        pool.add(waiter(pending, float(arrived_s)))
-    return pool
+def waiter(pending: PendingQuote) -> Waiter:
+    return Waiter(pending=pending, arrived_s=0.0)
 
 
 def sealed(members: list[Waiter], rng: random.Random, builder: TreeBuilder = RFC9162) -> SealedBatch:
     return seal(dict.fromkeys(members), builder=builder, rng=rng, sealed_at=SEALED_AT)
-
-
-# --- pools ------------------------------------------------------------------------------------------------------------
-
-
-def test_an_empty_pool_admits_a_request_inside_its_own_allowlist_only() -> None:
-    """A request whose own mask is outside its allowlist fits no pool."""
-    assert Pool().admits(a_request(pcrs=[0, 7], allowlist=allow([0, 7])))
-    assert not Pool().admits(a_request(pcrs=[0, 8], allowlist=allow([0, 7])))
-
-
-@pytest.mark.parametrize(
-    ("member", "newcomer", "joins"),
-    [
-        pytest.param(a_request("a", [0]), a_request("b", [7]), True, id="both-may-see-the-union"),
-        pytest.param(a_request("a", [0], allowlist=allow([0])), a_request("b", [7]), False, id="member-may-not"),
-        pytest.param(a_request("a", [0, 10]), a_request("b", [7], allowlist=allow([7])), False, id="newcomer-may-not"),
-        pytest.param(
-            a_request("a", [0], allowlist=allow([0, 7])),
-            a_request("b", [7], allowlist=allow([0, 7])),
-            True,
-            id="narrow-lists-that-agree",
-        ),
-        pytest.param(
-            a_request("a", [0]),
-            a_request("b", [0], bank=HashAlg.SHA384),
-            False,
-            id="same-pcr-of-a-bank-that-the-other-may-not-see",
-        ),
-    ],
-)
-def test_a_request_joins_where_everybody_may_see_the_union(
-    member: PendingQuote, newcomer: PendingQuote, joins: bool
-) -> None:
-    """Membership is decided by every allowlist, the newcomer's included."""
-    assert pool_of(member).admits(newcomer) is joins
-
-
-@given(st.lists(st.tuples(PCRS, st.sets(st.integers(0, 15)), st.booleans()), max_size=12))
-def test_the_union_stays_inside_every_allowlist(steps: list[tuple[set[int], set[int], bool]]) -> None:
-    """Whatever comes and goes, the pool's selection is the members' union and no member may not see it."""
-    pool = Pool()
-    members: list[Waiter] = []
-    for asked, allowed, leaves in steps:
-        pending = a_request(pcrs=asked, allowlist=allow(asked | allowed))
-        if pool.admits(pending):
-            members.append(waiter(pending))
-            pool.add(members[-1])
-        if leaves and members:
-            pool.discard(members.pop(0))
-        union = PcrSelection()
-        for member in members:
-            union = union.union(member.pending.request.selection)
-        assert pool.selection == union
-        assert len(pool) == len(members)
-        assert all(union.within(member.pending.allowlist) for member in members)
-
-
-def test_discarding_twice_or_a_stranger_changes_nothing() -> None:
-    """A waiter that is not in the pool cannot be taken out of it."""
-    member, stranger = waiter(a_request(pcrs=[3])), waiter(a_request(pcrs=[3]))
-    pool = Pool()
-    pool.add(member)
-    pool.discard(stranger)
-    assert len(pool) == 1
-    pool.discard(member)
-    pool.discard(member)
-    assert len(pool) == 0
-    assert pool.selection == PcrSelection()
-
-
-def test_tenants_take_turns_where_not_everybody_fits() -> None:
-    """A tenant with many requests does not crowd out one with few; each tenant's oldest goes first."""
-    pool = pool_of(*(a_request("flood") for _ in range(10)), a_request("b"), a_request("c"))
-    first = pool.take(4, 100.0)
-    assert [member.pending.tenant for member in first] == ["flood", "b", "c", "flood"]
-    assert [member.arrived_s for member in first if member.pending.tenant == "flood"] == [0.0, 1.0]
-    assert len(pool) == 8
-
-
-def test_turns_go_on_from_batch_to_batch() -> None:
-    """Who was served last stands at the end in the next batch."""
-    pool = pool_of(*(a_request(tenant) for tenant in "aabb"))
-    assert [member.pending.tenant for member in pool.take(1, 0.0) + pool.take(1, 0.0)] == ["a", "b"]
-
-
-def test_a_served_pool_waits_behind_one_that_was_not() -> None:
-    """What is left in a pool counts as waiting since the pool was served, so that a flood cannot hold its place."""
-    flood, other = pool_of(*(a_request("flood") for _ in range(4))), Pool()
-    other.add(waiter(a_request("b"), 50.0))
-    assert flood.waiting_since_s < other.waiting_since_s
-    flood.take(2, 60.0)
-    assert other.waiting_since_s < flood.waiting_since_s
 
 
 # --- sealing ----------------------------------------------------------------------------------------------------------
@@ -151,12 +46,12 @@ def test_every_member_has_a_proof_to_the_root(
 
 
 def test_both_builders_give_the_same_tree(rng: random.Random) -> None:
-    """merklelib's root and proofs are those of RFC 9162, for every number of leaves."""
+    """merklelib's root and paths are those of RFC 9162, for every number of leaves."""
     for size in range(1, 40):
         leaves = [rng.randbytes(32) for _ in range(size)]
         ours, theirs = merkle.MerkleTree(leaves), MerklelibTree(leaves)
         assert theirs.root == ours.root
-        assert theirs.proofs() == list(ours.proofs())
+        assert theirs.paths() == ours.paths()
 
 
 @pytest.mark.parametrize("leaves", [[], [b"\x01" * 32] * 2], ids=["none", "two-equal"])
