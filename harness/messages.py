@@ -15,7 +15,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import MalformedEvidence, MalformedMessage, MessageTooLarge
@@ -35,7 +35,9 @@ from harness.wire_errors import error_from_response, failure, retry_after_s, sta
 
 __all__ = [
     "ProviderEvidence",
+    "ResultsText",
     "VerifierQuery",
+    "compact",
     "encode_proof",
     "encode_shared",
     "error_from_response",
@@ -43,6 +45,7 @@ __all__ = [
     "parse_json",
     "parse_provider_evidence",
     "parse_verifier_query",
+    "proof_text",
     "retry_after_s",
     "status_of",
     "success",
@@ -74,16 +77,15 @@ def parse_json(data: bytes, *, limit: int) -> object:
     if len(data) > limit:
         raise MessageTooLarge(f"message of {len(data)} bytes, at most {limit} are allowed")
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole, parse_constant=_no_constant
-        )
+        value: object = _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise MalformedMessage("message is not UTF-8") from None
     except RecursionError:
         raise MalformedMessage("message is nested too deeply") from None
     except ValueError as error:
         raise MalformedMessage(f"message is not JSON: {error}") from None
-    _check_depth(value)
+    if data.count(b"{") + data.count(b"[") > _MAX_DEPTH:
+        _check_depth(value)
     return value
 
 
@@ -114,9 +116,31 @@ def _no_constant(name: str) -> object:
     raise MalformedMessage(f"message holds {name}, which is not JSON")
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_whole, parse_constant=_no_constant)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+def compact(value: object) -> str:
+    """JSON text without spaces, ASCII."""
+    return _ENCODER.encode(value)
+
+
 def success(results: object) -> dict[str, object]:
     """Envelope of an answer (DESIGN 3.3)."""
     return {"code": 200, "status": "Success", "results": results}
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsText:
+    """Results as JSON text, which goes into the envelope as it is: nobody on the way has to write it anew."""
+
+    text: bytes = field(repr=False)
+
+    def envelope(self) -> bytes:
+        """What `success` is as text."""
+        return b'{"code":200,"status":"Success","results":%b}' % self.text
 
 
 # --- request ----------------------------------------------------------------------------------------------------------
@@ -239,6 +263,13 @@ def encode_proof(proof: InclusionProof) -> dict[str, object]:
         "tree_size": proof.tree_size,
         "hashes": [value.hex() for value in proof.hashes],
     }
+
+
+def proof_text(proof: InclusionProof) -> str:
+    """`encode_proof` as compact JSON text; there is one for each waiter, so it is written without detours."""
+    hashes = '","'.join([value.hex() for value in proof.hashes])
+    listed = f'["{hashes}"]' if hashes else "[]"
+    return f'{{"leaf_index":{proof.leaf_index},"tree_size":{proof.tree_size},"hashes":{listed}}}'
 
 
 def _object(value: object, what: str) -> dict[str, Any]:

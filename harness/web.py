@@ -8,7 +8,8 @@
         print(server.url)
         await asyncio.Event().wait()
 
-A handler takes the request and returns the results, which go into Keylime's envelope, or a response of its own.
+A handler takes the request and returns the results (plain data, or a `messages.ResultsText`), which go into Keylime's
+envelope, or a response of its own.
 
 Invariants:
     1. Every route names the roles that may call it; everybody else is answered 403.
@@ -46,13 +47,13 @@ from harness.config import Listen, TlsSettings
 from harness.door import Bounds, Door
 from harness.errors import AccessDenied, DeadlineExceeded, MalformedMessage, ShuttingDown
 from harness.health import FAILING, Health
-from harness.messages import parse_json, success
+from harness.messages import parse_json
 from harness.metrics import Metrics
 from harness.own_certificate import RENEWAL, Audit, OwnCertificate, to_events
 from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
-from harness.web_envelope import BODY_LIMIT, JITTER, LINE_LIMIT, OPENED, Connection, answer, envelope
+from harness.web_envelope import BODY_LIMIT, JITTER, LINE_LIMIT, OPENED, Connection, answer, answer_success, envelope
 from harness.web_metrics import METRICS, counted, figures
 
 DEADLINE_S = 35.0
@@ -221,7 +222,7 @@ def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Aw
             if request.app[_STOPPING].is_set():
                 raise ShuttingDown("the service is stopping") from error
             raise DeadlineExceeded(f"the call took more than {route.deadline_s} s") from error
-        return results if isinstance(results, web.StreamResponse) else answer(200, success(results))
+        return results if isinstance(results, web.StreamResponse) else answer_success(results)
 
     return call
 

@@ -9,7 +9,6 @@ Spec: DESIGN 3.3; RFC 9110.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Awaitable, Callable
@@ -20,13 +19,14 @@ from aiohttp import web
 from harness import events
 from harness.door import request_began, request_ended
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
-from harness.messages import failure, retry_after_s, status_of
+from harness.messages import ResultsText, compact, failure, retry_after_s, status_of, success
 
 BODY_LIMIT = 64 * 1024
 LINE_LIMIT = 8190
 JITTER: web.AppKey[random.Random] = web.AppKey("jitter", random.Random)
 """Spreads the tries that Retry-After asks for."""
 OPENED: web.RequestKey[web.WebSocketResponse] = web.RequestKey("opened", web.WebSocketResponse)
+_HEADERS = {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-store"}
 _INTERNAL_FAULT = "internal fault; see the service's log"
 
 
@@ -80,13 +80,14 @@ def retry_after(wait_s: float, jitter: random.Random) -> str:
 def answer(status: int, content: object, headers: Any = None) -> web.Response:
     """Answer with an envelope; of the headers those that the protocol knows."""
     allowed = {name: value for name, value in (headers or {}).items() if name in {"Allow", "Retry-After"}}
-    text = json.dumps(content, separators=(",", ":"))
-    return web.Response(
-        status=status,
-        text=text,
-        content_type="application/json",
-        headers=allowed | {"Cache-Control": "no-store"},
-    )
+    return web.Response(status=status, body=compact(content).encode(), headers=allowed | _HEADERS)
+
+
+def answer_success(results: object) -> web.Response:
+    """Answer 200 with these results."""
+    if isinstance(results, ResultsText):
+        return web.Response(body=results.envelope(), headers=_HEADERS)
+    return answer(200, success(results))
 
 
 class Connection(web.RequestHandler):

@@ -1,7 +1,7 @@
-"""Frames of the stream between provider verifier and host agent: JSON text over one WebSocket per host.
+"""Frames of the stream between provider verifier and host agent, and the orders in them: JSON over one WebSocket.
 
-The provider verifier sends orders, each with an id of its own choice; the host agent answers each once, in any order.
-A batch's shared part travels once for all waiters that it is handed to together.
+The provider verifier sends orders, each with an id of its own choice; the host agent answers each once, in any order
+(`stream_answers`). Each order and each answer is one line of JSON; a frame has the lines that are ready together.
 
 Invariants:
     1. A request travels as fields. A member that the table below does not name (a leaf hash, a root, extra data) is an
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from harness.credential import Credential, parse_keylime_blob
-from harness.errors import HarnessError, MalformedMessage
-from harness.messages import error_from_response, parse_json, retry_after_s, status_of
+from harness.errors import MalformedMessage, MessageTooLarge
+from harness.messages import compact, parse_json
 from harness.prefer import LONGEST_WAIT_S
 from harness.protocol import QuoteRequest
 from harness.provider.batch import PendingQuote
@@ -30,10 +29,6 @@ from harness.values import HashAlg, Nonce, PcrSelection, parse_agent_id, parse_h
 
 ORDER_LIMIT = 64 * 1024
 """Bytes of a frame to the host agent."""
-ANSWER_LIMIT = 4 * 1024 * 1024
-"""Bytes of a frame from it."""
-PROOFS_PER_FRAME = 1000
-"""A proof takes at most 1.5 KiB of JSON (20 hashes); a thousand and the shared part stay under `ANSWER_LIMIT`."""
 _ID_LIMIT = 1 << 53
 
 
@@ -45,6 +40,37 @@ class Channel(Protocol):
 
     async def receive(self) -> str | None:
         """Next frame; None when the peer closed. Raises TransportError when the connection is gone."""
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def frames_of(lines: Iterable[str], limit: int) -> Iterator[str]:
+    """Frames with these lines in their order, as many in each as fit into ``limit`` characters; a longer one alone."""
+    frame: list[str] = []
+    length = 0
+    for line in lines:
+        if frame and length + len(line) > limit:
+            yield "\n".join(frame)
+            frame, length = [], 0
+        frame.append(line)
+        length += len(line) + 1
+    if frame:
+        yield "\n".join(frame)
+
+
+def lines_of(frame: str, limit: int) -> list[str]:
+    """Lines of a frame.
+
+    Raises:
+        MessageTooLarge: longer than ``limit`` characters.
+    """
+    if len(frame) > limit:
+        raise MessageTooLarge(f"frame of {len(frame)} characters, at most {limit} are allowed")
+    return frame.split("\n")
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,20 +120,28 @@ _MEMBERS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 """Members of each order, required and optional, besides ``id`` and ``op``."""
 
 
-# --- orders ---------------------------------------------------------------------------------------------------------
-
-
-def open_order(text: str) -> tuple[int, Mapping[str, object]]:
+def open_order(line: str) -> tuple[int, Mapping[str, object]]:
     """Id and members of an order, not parsed further: an error in them can be answered under the id.
 
     Raises:
         MalformedMessage: not a JSON object, or without a usable id.
         MessageTooLarge: longer than `ORDER_LIMIT`.
     """
-    frame = parse_json(text.encode(), limit=ORDER_LIMIT)
-    if not isinstance(frame, dict):
-        raise MalformedMessage("a frame must be a JSON object")
-    return _id_of(frame), frame
+    members = parse_object(line, limit=ORDER_LIMIT)
+    return id_of(members), members
+
+
+def parse_object(line: str, *, limit: int) -> dict[str, object]:
+    """Members of a line.
+
+    Raises:
+        MalformedMessage: not a JSON object.
+        MessageTooLarge: more than ``limit`` bytes.
+    """
+    members = parse_json(line.encode(), limit=limit)
+    if not isinstance(members, dict):
+        raise MalformedMessage("a line of a frame must be a JSON object")
+    return members
 
 
 def parse_order(frame: Mapping[str, object]) -> Order:
@@ -178,8 +212,8 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, object]], Order]] = {
 
 
 def encode_order(number: int, order: Order) -> str:
-    """Frame of an order."""
-    return json.dumps({"id": number, **_members(order)}, separators=(",", ":"))
+    """Line of an order."""
+    return compact({"id": number, **_members(order)})
 
 
 def _members(order: Order) -> dict[str, object]:
@@ -212,97 +246,6 @@ def _quote_members(pending: PendingQuote) -> dict[str, object]:
     if request.agent_id is not None and request.binding is not None:
         members |= {"agent_id": str(request.agent_id), "binding": request.binding.hex()}
     return members
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchFrame:
-    """Answers of one batch: the part that all share, and the proof of each id."""
-
-    shared: Mapping[str, object]
-    proofs: Mapping[int, Mapping[str, object]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultFrame:
-    """Answer to one order that is not a quote."""
-
-    number: int
-    result: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ErrorFrame:
-    """Refusal or failure of one order."""
-
-    number: int
-    error: HarnessError = field(repr=False)
-
-
-AnswerFrame = BatchFrame | ResultFrame | ErrorFrame
-
-
-def encode_batch(shared: Mapping[str, object], proofs: Sequence[tuple[int, Mapping[str, object]]]) -> str:
-    """Frame with the answers of one batch."""
-    entries = [{"id": number, "proof": proof} for number, proof in proofs]
-    return json.dumps({"batch": shared, "proofs": entries}, separators=(",", ":"))
-
-
-def encode_result(number: int, result: Mapping[str, object]) -> str:
-    """Frame with the answer to one order."""
-    return json.dumps({"id": number, "result": result}, separators=(",", ":"))
-
-
-def encode_error(number: int, error: HarnessError) -> str:
-    """Frame with the refusal of one order."""
-    members = {
-        "status": status_of(error),
-        "error": type(error).__name__,
-        "detail": error.detail,
-        "retry_after_s": retry_after_s(error),
-    }
-    return json.dumps({"id": number, "error": members}, separators=(",", ":"))
-
-
-def parse_answer(text: str) -> AnswerFrame:
-    """Answer frame. What is in it is for the tenant to judge; only its outline is checked here.
-
-    Raises:
-        MalformedMessage: another outline.
-        MessageTooLarge: longer than `ANSWER_LIMIT`.
-    """
-    frame = parse_json(text.encode(), limit=ANSWER_LIMIT)
-    if not isinstance(frame, dict):
-        raise MalformedMessage("a frame must be a JSON object")
-    match frame:
-        case {"batch": dict(shared), "proofs": list(entries)}:
-            return BatchFrame(shared=shared, proofs=dict(map(_proof_entry, entries)))
-        case {"id": _, "result": dict(result)}:
-            return ResultFrame(number=_id_of(frame), result=result)
-        case {"id": _, "error": dict(error)}:
-            return ErrorFrame(number=_id_of(frame), error=_error_of(error))
-    raise MalformedMessage("a frame is neither a batch nor a result nor an error")
-
-
-def _proof_entry(entry: object) -> tuple[int, Mapping[str, object]]:
-    match entry:
-        case {"id": _, "proof": dict(proof)}:
-            return _id_of(cast(Mapping[str, object], entry)), proof
-    raise MalformedMessage("a proof in a batch frame must have an id and a proof")
-
-
-def _error_of(members: Mapping[str, object]) -> HarnessError:
-    match members:
-        case {"status": int(status), "error": str(name), "detail": str(detail)}:
-            if (status, name) == (400, MalformedMessage.__name__):
-                return MalformedMessage(detail)  # it is the tenant's request that is wrong, not our order
-            wait_s = members.get("retry_after_s")
-            retry_after = str(wait_s) if isinstance(wait_s, int | float) else None
-            body = {"code": status, "status": detail, "results": {"error": name}}
-            return error_from_response(status, body, retry_after)
-    raise MalformedMessage("an error frame must have status, error and detail")
 
 
 # --- members ----------------------------------------------------------------------------------------------------------
@@ -348,8 +291,13 @@ def _text(frame: Mapping[str, object], name: str) -> str:
     return value
 
 
-def _id_of(frame: Mapping[str, object]) -> int:
+def id_of(frame: Mapping[str, object]) -> int:
+    """Id of a line.
+
+    Raises:
+        MalformedMessage: there is none, or not one from 0 to 2^53 - 1.
+    """
     number = frame.get("id")
     if type(number) is not int or not 0 <= number < _ID_LIMIT:
-        raise MalformedMessage("a frame must have an id from 0 to 2^53 - 1")
+        raise MalformedMessage("a line of a frame must have an id from 0 to 2^53 - 1")
     return number

@@ -3,7 +3,8 @@
 Invariants:
     1. Each order is answered once, or not at all if it was cancelled or the connection is gone; then nothing of it
        stays behind: its waiter leaves the pool.
-    2. Answers that one batch gave at the same time leave in one frame (of up to `PROOFS_PER_FRAME` proofs).
+    2. Answers that are there at the same time leave in one frame, those of one batch with the part that they share once
+       (up to the limits of `stream_answers`); it is encoded once, also where its answers come in several turns.
     3. A frame that cannot be answered under an id, and an id that is still in use, end the connection.
 
 Owner: the task that serves the connection.
@@ -14,15 +15,15 @@ Spec: DESIGN 4; docs/protocol.md, stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
-from harness.messages import encode_proof, encode_shared
+from harness.messages import compact, encode_shared, proof_text
 from harness.metrics import OTHER, Metrics
 from harness.provider.batch import PendingQuote
 from harness.provider.batcher import Answer, SharedAnswer
 from harness.provider.stream import (
-    PROOFS_PER_FRAME,
+    ORDER_LIMIT,
     ActivateOrder,
     CancelOrder,
     CertifyOrder,
@@ -30,12 +31,12 @@ from harness.provider.stream import (
     IdentityOrder,
     Order,
     QuoteOrder,
-    encode_batch,
-    encode_error,
-    encode_result,
+    frames_of,
+    lines_of,
     open_order,
     parse_order,
 )
+from harness.provider.stream_answers import ANSWER_LIMIT, encode_batch, encode_error, encode_result
 
 FLUSH_S = 0.5
 _CALLS: Mapping[type, str] = {
@@ -48,7 +49,7 @@ _CALLS: Mapping[type, str] = {
 
 Quotes = Callable[[PendingQuote], Awaitable[Answer]]
 Others = Callable[[Order], Awaitable[Mapping[str, object]]]
-_Outgoing = tuple[int, Answer | Mapping[str, object] | HarnessError]
+Outgoing = tuple[int, Answer | Mapping[str, object] | HarnessError]
 
 
 class StreamSession:
@@ -67,7 +68,7 @@ class StreamSession:
         self._others = others
         self._metrics = metrics or Metrics("host-agent")
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._outbox: asyncio.Queue[_Outgoing | None] = asyncio.Queue()  # None: the last one has been put
+        self._outbox: asyncio.Queue[Outgoing | None] = asyncio.Queue()  # None: the last one has been put
 
     async def serve(self) -> None:
         """Serves until the peer closes, `stop` was called, or the connection is gone.
@@ -99,22 +100,26 @@ class StreamSession:
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         while (text := await self._channel.receive()) is not None:
-            number, members = open_order(text)
-            try:
-                order = parse_order(members)
-            except (MalformedMessage, MessageTooLarge) as error:
-                self._metrics.ended(f"stream {OTHER}", 0.0, error)
-                self._outbox.put_nowait((number, error))
-                continue
-            running = self._running.get(number)
-            if isinstance(order, CancelOrder):
-                if running is not None:
-                    running.cancel()
-            elif running is not None:
-                raise MalformedMessage(f"order {number} is still in work")
-            else:
-                task = self._running[number] = tasks.create_task(self._work(number, order))
-                task.add_done_callback(lambda _, number=number: self._running.pop(number))  # type: ignore[misc]
+            for line in lines_of(text, ORDER_LIMIT):
+                self._accept(line, tasks)
+
+    def _accept(self, line: str, tasks: asyncio.TaskGroup) -> None:
+        number, members = open_order(line)
+        try:
+            order = parse_order(members)
+        except (MalformedMessage, MessageTooLarge) as error:
+            self._metrics.ended(f"stream {OTHER}", 0.0, error)
+            self._outbox.put_nowait((number, error))
+            return
+        running = self._running.get(number)
+        if isinstance(order, CancelOrder):
+            if running is not None:
+                running.cancel()
+        elif running is not None:
+            raise MalformedMessage(f"order {number} is still in work")
+        else:
+            task = self._running[number] = tasks.create_task(self._work(number, order))
+            task.add_done_callback(lambda _, number=number: self._running.pop(number))  # type: ignore[misc]
 
     async def _work(self, number: int, order: Order) -> None:
         try:
@@ -127,31 +132,48 @@ class StreamSession:
             self._outbox.put_nowait((number, error))
 
     async def _write(self) -> None:
+        texts = _SharedTexts()
         while True:
             outgoing = [await self._outbox.get()]
             while not self._outbox.empty():  # a batch releases its waiters in one step of the loop
                 outgoing.append(self._outbox.get_nowait())
-            for text in frames([answer for answer in outgoing if answer is not None]):
-                await self._channel.send(text)
+            lines = answer_lines([answer for answer in outgoing if answer is not None], texts.of)
+            for frame in frames_of(lines, ANSWER_LIMIT):
+                await self._channel.send(frame)
             if None in outgoing:
                 return
 
 
-def frames(outgoing: Sequence[_Outgoing]) -> Iterator[str]:
-    """Frames for these answers: those of one batch together, all others one by one."""
-    batches: dict[int, tuple[SharedAnswer, list[tuple[int, Mapping[str, object]]]]] = {}
+class _SharedTexts:
+    """The shared part of the last batch as text: its answers may come in several turns of the loop."""
+
+    def __init__(self) -> None:
+        self._last: tuple[SharedAnswer, str] | None = None
+
+    def of(self, shared: SharedAnswer) -> str:
+        if self._last is None or self._last[0] is not shared:
+            self._last = (shared, compact(encode_shared_answer(shared)))
+        return self._last[1]
+
+
+def answer_lines(outgoing: Iterable[Outgoing], text_of: Callable[[SharedAnswer], str]) -> Iterator[str]:
+    """Lines for these answers: those of one batch together, all others one by one.
+
+    Args:
+        outgoing: ids and their answers.
+        text_of: the part that all members of a batch share, as compact JSON.
+    """
+    batches: dict[int, tuple[SharedAnswer, list[tuple[int, str]]]] = {}
     for number, answer in outgoing:
         if isinstance(answer, Answer):
             _, proofs = batches.setdefault(id(answer.shared), (answer.shared, []))
-            proofs.append((number, encode_proof(answer.proof)))
+            proofs.append((number, proof_text(answer.proof)))
         elif isinstance(answer, HarnessError):
             yield encode_error(number, answer)
         else:
             yield encode_result(number, answer)
     for shared, proofs in batches.values():
-        encoded = encode_shared_answer(shared)
-        for first in range(0, len(proofs), PROOFS_PER_FRAME):
-            yield encode_batch(encoded, proofs[first : first + PROOFS_PER_FRAME])
+        yield from encode_batch(text_of(shared), proofs)
 
 
 def encode_shared_answer(shared: SharedAnswer) -> Mapping[str, object]:

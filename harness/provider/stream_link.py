@@ -30,29 +30,36 @@ from dataclasses import dataclass, replace
 from harness.errors import (
     DeadlineExceeded,
     HarnessError,
-    MalformedMessage,
     PeerUnreachable,
     PoolFull,
+    ProtocolError,
     ShuttingDown,
     TransportError,
     WouldBeLate,
 )
 from harness.health import OK
+from harness.messages import ResultsText
 from harness.provider.batch import PendingQuote
 from harness.provider.clock import Clock, SystemClock
 from harness.provider.stream import (
+    ORDER_LIMIT,
     ActivateOrder,
-    AnswerFrame,
-    BatchFrame,
     CancelOrder,
     CertifyOrder,
     Channel,
-    ErrorFrame,
     IdentityOrder,
     Order,
     QuoteOrder,
-    ResultFrame,
     encode_order,
+    frames_of,
+    lines_of,
+)
+from harness.provider.stream_answers import (
+    ANSWER_LIMIT,
+    AnswerLine,
+    BatchLine,
+    ErrorLine,
+    ResultLine,
     parse_answer,
 )
 
@@ -104,7 +111,7 @@ class HostLink:
         self._clock = clock or SystemClock()
         self._rng = rng or random.SystemRandom()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Results]] = {}
+        self._waiting: dict[int, asyncio.Future[Results | ResultsText]] = {}
         self._outbox: asyncio.Queue[str] | None = None  # of the open connection
         self._settled = asyncio.Event()  # the first try has ended, one way or the other
         self._fault = "not tried yet"
@@ -117,8 +124,8 @@ class HostLink:
 
     # --- orders -----------------------------------------------------------------------------------------------------
 
-    async def quote(self, pending: PendingQuote) -> Results:
-        """What the tenant is answered: the batch's shared part with its own proof (DESIGN 3.3).
+    async def quote(self, pending: PendingQuote) -> ResultsText:
+        """What the tenant is answered: the batch's shared part with its own proof (DESIGN 3.3), as the host wrote it.
 
         Raises:
             PeerUnreachable: the host cannot be reached, or the connection broke.
@@ -134,17 +141,23 @@ class HostLink:
         if left_s <= 0:
             raise WouldBeLate("the host agent was connected to only when no answer was of use any more")
         order = QuoteOrder(pending=replace(pending, wait_s=left_s))
-        return await self._ask(outbox, order, min(left_s, self._bounds.quote_s))
+        answer = await self._ask(outbox, order, min(left_s, self._bounds.quote_s))
+        if not isinstance(answer, ResultsText):
+            raise PeerUnreachable("the host agent answered a request for a quote with something else")
+        return answer
 
     async def ask(self, order: IdentityOrder | ActivateOrder | CertifyOrder) -> Results:
         """Answer to an order of enrolment; raises, and is cancelled, like `quote`."""
-        return await self._ask(await self._open_outbox(), order, self._bounds.enrol_s)
+        answer = await self._ask(await self._open_outbox(), order, self._bounds.enrol_s)
+        if isinstance(answer, ResultsText):
+            raise PeerUnreachable("the host agent answered an order of enrolment with a quote")
+        return answer
 
-    async def _ask(self, outbox: asyncio.Queue[str], order: Order, deadline_s: float) -> Results:
+    async def _ask(self, outbox: asyncio.Queue[str], order: Order, deadline_s: float) -> Results | ResultsText:
         if len(self._waiting) >= self._bounds.waiting:
             raise PoolFull("too many requests wait for this host")
         number = next(self._numbers)
-        answer: asyncio.Future[Results] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Results | ResultsText] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         outbox.put_nowait(encode_order(number, order))
         try:
@@ -182,7 +195,7 @@ class HostLink:
                 try:
                     async with self._connect() as channel:
                         await self._converse(channel)
-                except (TransportError, MalformedMessage) as error:
+                except (TransportError, ProtocolError) as error:
                     self._fault = error.detail
                 self._release(lambda: PeerUnreachable(f"the connection to the host agent broke: {self._fault}"))
                 self._settled.set()
@@ -212,20 +225,21 @@ class HostLink:
 
     async def _receive(self, channel: Channel) -> None:
         while (text := await channel.receive()) is not None:
-            self._deliver(parse_answer(text))
+            for line in lines_of(text, ANSWER_LIMIT):
+                self._deliver(parse_answer(line))
         raise PeerUnreachable("the host agent closed the connection")
 
-    def _deliver(self, frame: AnswerFrame) -> None:
-        match frame:
-            case BatchFrame(shared=shared, proofs=proofs):
-                for number, proof in proofs.items():
-                    self._settle(number, {**shared, "proof": proof})
-            case ResultFrame(number=number, result=result):
+    def _deliver(self, line: AnswerLine) -> None:
+        match line:
+            case BatchLine():
+                for number, results in line.results():
+                    self._settle(number, results)
+            case ResultLine(number=number, result=result):
                 self._settle(number, result)
-            case ErrorFrame(number=number, error=error):
+            case ErrorLine(number=number, error=error):
                 self._settle(number, error)
 
-    def _settle(self, number: int, outcome: Results | HarnessError) -> None:
+    def _settle(self, number: int, outcome: Results | ResultsText | HarnessError) -> None:
         answer = self._waiting.pop(number, None)
         if answer is None or answer.done():
             return  # given up meanwhile, or a second answer
@@ -243,4 +257,8 @@ class HostLink:
 
 async def _send(channel: Channel, outbox: asyncio.Queue[str]) -> None:
     while True:
-        await channel.send(await outbox.get())
+        lines = [await outbox.get()]
+        while not outbox.empty():  # what came in the same turn of the loop goes in one frame
+            lines.append(outbox.get_nowait())
+        for frame in frames_of(lines, ORDER_LIMIT):
+            await channel.send(frame)

@@ -12,8 +12,17 @@ import pytest
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge, TransportError
 from harness.provider.batch import PendingQuote
 from harness.provider.batcher import Answer
-from harness.provider.stream import IdentityOrder, Order, QuoteOrder, encode_order
-from harness.provider.stream_host import StreamSession, frames
+from harness.provider.stream import (
+    ORDER_LIMIT,
+    IdentityOrder,
+    Order,
+    QuoteOrder,
+    encode_order,
+    frames_of,
+    lines_of,
+)
+from harness.provider.stream_answers import ANSWER_LIMIT, BatchLine, ErrorLine, parse_answer
+from harness.provider.stream_host import StreamSession
 from tests.support.batching import WAIT_S, settle, within
 from tests.support.bench import bench
 from tests.support.channels import pipe
@@ -91,16 +100,47 @@ async def test_a_reader_that_is_gone_ends_the_session() -> None:
     assert isinstance(session.exception(), TransportError)
 
 
-async def test_a_large_batch_is_split_into_frames() -> None:
-    """No frame has more proofs than fit; all of them arrive."""
+async def test_a_batch_leaves_in_frames_that_fit_and_its_shared_part_is_encoded_once() -> None:
+    """2,500 waiters of one batch: all of them are answered, each once, by the same text."""
     async with bench() as made:
-        tasks = [made.submit(a_request(f"t{number // 1000}")) for number in range(2500)]
-        await within(tasks)
-        texts = list(frames([(number, task.result()) for number, task in enumerate(tasks)]))
-        counts = [len(json.loads(text)["proofs"]) for text in texts]
-        assert sum(counts) == 2500
-        assert max(counts) <= 1000
-        assert all(len(text) < 4 * 1024 * 1024 for text in texts)
+        near, far = pipe()
+        session = start(StreamSession(far, made.batcher.submit, forever).serve())
+        early = await made.in_flight()
+        orders = [QuoteOrder(pending=a_request(f"t{number // 1000}")) for number in range(2500)]
+        for frame in frames_of([encode_order(number, order) for number, order in enumerate(orders)], ORDER_LIMIT):
+            await near.send(frame)
+        await settle(20)
+        assert made.batcher.waiting == 2501
+        made.quoter.let_go()
+        await within([early])
+        lines: list[str] = []
+        async with asyncio.timeout(WAIT_S):
+            while sum(len(json.loads(line)["proofs"]) for line in lines) < 2500:
+                lines += lines_of(await near.receive() or "", ANSWER_LIMIT)
+        answered = [entry["id"] for line in lines for entry in json.loads(line)["proofs"]]
+        assert sorted(answered) == list(range(2500))
+        assert len({line.partition(',"proofs"')[0] for line in lines}) == 1
+        near.close()
+        await within([session])
+
+
+async def test_orders_of_one_frame_are_each_answered_or_refused() -> None:
+    """One that is malformed keeps no other from being carried out."""
+    async with bench() as made:
+        near, far = pipe()
+        session = start(StreamSession(far, made.batcher.submit, forever).serve())
+        good = [encode_order(number, QuoteOrder(pending=a_request())) for number in (1, 3)]
+        await near.send("\n".join([good[0], '{"id":2,"op":"sign"}', good[1]]))
+        answered: dict[int, bool] = {}
+        async with asyncio.timeout(WAIT_S):
+            while len(answered) < 3:
+                for line in lines_of(await near.receive() or "", ANSWER_LIMIT):
+                    answer = parse_answer(line)
+                    answered |= dict.fromkeys(answer.proofs, True) if isinstance(answer, BatchLine) else {}
+                    answered |= {answer.number: False} if isinstance(answer, ErrorLine) else {}
+        assert answered == {1: True, 2: False, 3: True}
+        near.close()
+        await within([session])
 
 
 async def test_stopping_sends_the_last_answers_first() -> None:

@@ -100,12 +100,13 @@ async def test_a_batch_travels_once_with_the_proofs_of_all_its_waiters() -> None
         tasks = [start(link.quote(a_request(tenant))) for tenant in "abcdefgh"]
         await settle()
         made.quoter.let_go()
-        results = await within([first, *tasks])
+        results = [json.loads(answer.text) for answer in await within([first, *tasks])]
         assert made.quoter.tpm.quotes == 2
         batches = [json.loads(text) for text in network.ends[0].peer.sent]
         assert [len(frame["proofs"]) for frame in batches] == [1, 8]
         assert len({json.dumps(result["proof"]) for result in results[1:]}) == 8
         assert len({str(result["attest"]) for result in results[1:]}) == 1
+        assert [len(text.split("\n")) for text in network.ends[0].sent] == [1, 8]
 
 
 async def test_answers_overtake_each_other() -> None:

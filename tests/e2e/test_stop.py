@@ -25,7 +25,8 @@ from harness.messages import VerifierQuery, parse_json, verifier_query
 from harness.pki import Role
 from harness.protocol import QuoteRequest
 from harness.provider.batch import PendingQuote
-from harness.provider.stream import QuoteOrder, encode_order
+from harness.provider.stream import QuoteOrder, encode_order, lines_of
+from harness.provider.stream_answers import ANSWER_LIMIT
 from harness.serve import EXIT_OVERDUE, STOP_S
 from harness.sim.control import ask as ask_hardware
 from harness.unix_client import ask
@@ -144,9 +145,10 @@ async def test_a_host_agent_stops_during_a_batch(lab: StopLab, operators: Onboar
         answered: set[int] = set()
         async with asyncio.timeout(20):
             while (text := await channel.receive()) is not None:
-                frame = parse_json(text.encode(), limit=1 << 23)
-                assert isinstance(frame, dict)
-                answered |= {proof["id"] for proof in frame["proofs"]} if "proofs" in frame else {frame["id"]}
+                for line in lines_of(text, ANSWER_LIMIT):
+                    answer = parse_json(line.encode(), limit=ANSWER_LIMIT)
+                    assert isinstance(answer, dict)
+                    answered |= {proof["id"] for proof in answer["proofs"]} if "proofs" in answer else {answer["id"]}
         assert answered == set(range(1, WAITERS + 1))
         await others.ended()
         assert await stopping == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import random
 import string
@@ -11,35 +12,21 @@ from dataclasses import replace
 import pytest
 
 from harness.credential import Credential
-from harness.errors import (
-    AccessDenied,
-    BatchFailed,
-    GuestNotHere,
-    HarnessError,
-    MalformedMessage,
-    MessageTooLarge,
-    PeerUnreachable,
-    PoolFull,
-)
+from harness.errors import MalformedMessage, MessageTooLarge
 from harness.provider.stream import (
     ORDER_LIMIT,
     ActivateOrder,
-    BatchFrame,
     CancelOrder,
     CertifyOrder,
-    ErrorFrame,
     IdentityOrder,
     Order,
     QuoteOrder,
-    ResultFrame,
     encode_allowlist,
-    encode_batch,
-    encode_error,
     encode_order,
-    encode_result,
+    frames_of,
+    lines_of,
     open_order,
     parse_allowlist,
-    parse_answer,
     parse_order,
 )
 from harness.values import HashAlg, Nonce, PcrSelection
@@ -154,63 +141,25 @@ def test_allowlists_survive_the_wire() -> None:
         assert parse_allowlist(json.loads(json.dumps(encode_allowlist(allowlist)))) == allowlist
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_frame_gives_each_id_its_own_proof() -> None:
-    """The shared part is there once."""
-    frame = parse_answer(encode_batch({"host_id": "h"}, [(1, {"leaf_index": 0}), (5, {"leaf_index": 3})]))
-    assert frame == BatchFrame(shared={"host_id": "h"}, proofs={1: {"leaf_index": 0}, 5: {"leaf_index": 3}})
+@pytest.mark.parametrize("limit", [1, 3, 4, 7, 100])
+def test_lines_travel_in_as_few_frames_as_their_limit_allows(limit: int) -> None:
+    """In their order, none is lost or cut; only a line that is longer than the limit makes a longer frame."""
+    lines = ["abc", "d", "ef", "ghijk", "l", "m"]
+    made = list(frames_of(lines, limit))
+    assert [line for frame in made for line in frame.split("\n")] == lines
+    assert all(len(frame) <= limit or "\n" not in frame for frame in made)
+    assert all(len(one) + 1 + len(other.split("\n")[0]) > limit for one, other in itertools.pairwise(made))
+    assert list(frames_of([], limit)) == []
 
 
-def test_a_result_frame_survives_the_wire() -> None:
-    """Id and members."""
-    assert parse_answer(encode_result(8, {"answer": "00"})) == ResultFrame(number=8, result={"answer": "00"})
-
-
-@pytest.mark.parametrize(
-    ("error", "arrives"),
-    [
-        (GuestNotHere("gone"), GuestNotHere),
-        (AccessDenied("no"), AccessDenied),
-        (BatchFailed("TPM", batch_id="b"), BatchFailed),
-        (MalformedMessage("bank is not allocated"), MalformedMessage),
-        (PeerUnreachable("x"), PeerUnreachable),
-        (PoolFull("full", retry_after_s=3.0), PoolFull),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, HarnessError) else "",
-)
-def test_an_error_arrives_as_what_it_is(error: HarnessError, arrives: type[HarnessError]) -> None:
-    """The tenant is answered with the host agent's own refusal."""
-    frame = parse_answer(encode_error(3, error))
-    assert isinstance(frame, ErrorFrame)
-    assert frame.number == 3
-    assert type(frame.error) is arrives
-    if isinstance(error, PoolFull):
-        assert isinstance(frame.error, PoolFull)
-        assert frame.error.retry_after_s == 3.0
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        [],
-        {},
-        {"id": 1},
-        {"id": 1, "result": []},
-        {"id": "1", "result": {}},
-        {"id": 1, "error": {"status": 404}},
-        {"batch": {}, "proofs": {}},
-        {"batch": [], "proofs": []},
-        {"batch": {}, "proofs": [{"id": 1}]},
-        {"batch": {}, "proofs": [{"id": -1, "proof": {}}]},
-        {"batch": {}, "proofs": [7]},
-    ],
-)
-def test_an_answer_of_another_outline_is_refused(frame: object) -> None:
-    """The link then breaks, and everybody is released."""
-    with pytest.raises(MalformedMessage):
-        parse_answer(json.dumps(frame))
+def test_a_frame_above_its_limit_is_not_taken_apart() -> None:
+    """Size comes before content, also where each line is short enough."""
+    assert lines_of("a\nb", 3) == ["a", "b"]
+    with pytest.raises(MessageTooLarge):
+        lines_of("a\nb", 2)
 
 
 def test_random_text_raises_nothing_else(rng: random.Random) -> None:
@@ -222,6 +171,5 @@ def test_random_text_raises_nothing_else(rng: random.Random) -> None:
             text[rng.randrange(len(text))] = rng.choice(string.printable)
         try:
             parse_order(open_order("".join(text))[1])
-            parse_answer("".join(text))
         except (MalformedMessage, MessageTooLarge):
             continue
