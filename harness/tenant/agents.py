@@ -18,6 +18,7 @@ Spec: DESIGN 3.8.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -40,7 +41,7 @@ from harness.tenant.agent_view import agent_view, policy_view
 from harness.tenant.bookkeeping import finished
 from harness.tenant.followed_guest import FollowedGuest
 from harness.tenant.plan import Plan
-from harness.tenant.ports import Clock, GuestPort, Ports, Progress, ProviderPort
+from harness.tenant.ports import Clock, GuestPort, Ports, Progress, ProviderPort, Told, nobody_is_told
 from harness.tenant.session import Session
 from harness.tenant.snapshots import decode_snapshot, encode_snapshot
 from harness.tenant.states import Event, State, transition
@@ -97,6 +98,7 @@ class Agents:
         requester: SHA-256 of the SubjectPublicKeyInfo of our client certificate.
         group: where session tasks live.
         patience_s: how long a peer may be away before a session fails.
+        told: of each event of each session.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Agents:
         requester: bytes,
         group: asyncio.TaskGroup,
         patience_s: float = 600.0,
+        told: Told = nobody_is_told,
     ) -> None:
         self._store = store
         self._peers = peers
@@ -115,6 +118,7 @@ class Agents:
         self._requester = requester
         self._group = group
         self._patience_s = patience_s
+        self._told = told
         self._running: dict[AgentId, _Running] = {}
         self._changing: set[AgentId] = set()
 
@@ -281,6 +285,14 @@ class Agents:
         del self._running[session.plan.agent_id]
         await self._peers.release(running.guest.client)
 
+    def states(self) -> Counter[State]:
+        """How many agents are in which state."""
+        return Counter(running.session.state for running in self._running.values())
+
+    def attested(self) -> int:
+        """How many agents are attested now."""
+        return sum(running.session.attested() for running in self._running.values())
+
     def ids(self) -> list[AgentId]:
         """All agents."""
         return list(self._running)
@@ -329,6 +341,7 @@ class Agents:
             provider=self._peers.provider(agent.provider_verifier),
             records=self._store,
             clock=self._clock,
+            told=self._told,
         )
         session = Session(plan, ports, progress, start_within_s=start_within_s, after=after)
         return session, self._group.create_task(session.run(), name=f"session {plan.agent_id}")

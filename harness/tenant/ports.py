@@ -15,15 +15,19 @@ import random
 import secrets
 import string
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.keylime_wire import GuestEvidence
 from harness.protocol import QuoteRequest
-from harness.tenant.states import State
+from harness.tenant.states import Effect, Event, State
 from harness.values import AgentId, ClockBaseline, PcrSelection, PcrValues
+
+if TYPE_CHECKING:
+    from harness.errors import StoreError
+    from harness.tenant.round import Finding, Round
 
 NONCE_SIZE = 32
 _GUEST_NONCE_SIZE = 20
@@ -225,6 +229,38 @@ class Records(Protocol):
         """Stores the progress of a session, and the alarm that belongs to it, in one transaction."""
 
 
+class Told(Protocol):
+    """Is told of each event of a session, for the figures."""
+
+    def __call__(
+        self,
+        event: Event,
+        effects: Sequence[Effect],
+        finding: Finding | None,
+        fault: StoreError | None,
+        done: Round | None,
+    ) -> None:
+        """Takes note; must not raise.
+
+        Args:
+            event: what happened.
+            effects: what follows.
+            finding: why there was no success since the last one, if so.
+            fault: why our own database cannot be used, if so.
+            done: the round whose guest evidence was accepted, if it was.
+        """
+
+
+def nobody_is_told(
+    event: Event,
+    effects: Sequence[Effect],
+    finding: Finding | None,
+    fault: StoreError | None,
+    done: Round | None,
+) -> None:
+    """Default of `Ports`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ports:
     """Everything that a session touches outside itself."""
@@ -234,3 +270,4 @@ class Ports:
     records: Records
     clock: Clock = field(default_factory=SystemClock)
     chance: Chance = field(default_factory=Chance)
+    told: Told = nobody_is_told

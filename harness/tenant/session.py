@@ -199,6 +199,7 @@ class Session:
 
     def _fire(self, event: Event) -> tuple[Effect, ...]:
         row = transition(self.state, event)
+        self._ports.told(event, row.effects, self._finding, self._books.fault, self._round)
         if row.state is not self.state:
             events.emit(
                 "state", agent_id=str(self.plan.agent_id), old=self.state.name, new=row.state.name, cause=event.name
@@ -362,8 +363,7 @@ class Session:
 
     def _answered(self, layer: str, evidence: AppraisedEvidence) -> None:
         self._retries.answered(layer)
-        at = self._ports.clock.now()
-        self._progress = history.accepted(self._progress, self.plan, layer, evidence.values, at)
+        self._progress = history.accepted(self._progress, self.plan, layer, evidence.values, self._ports.clock.now())
 
     def _not_stored(self, error: StoreError) -> Event:
         """Event for an accepted clock that cannot be stored: the question is asked again, as if nothing had come."""

@@ -19,6 +19,7 @@ import time
 from harness import events
 from harness.config import TenantVerifierSettings
 from harness.health import Health, check_database
+from harness.metrics import Metrics
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.store import Store, open_store
@@ -40,6 +41,7 @@ from harness.tenant.notifier import Notifier
 from harness.tenant.ports import Chance, GuestPort, ProviderPort, SystemClock
 from harness.tenant.receivers import receivers_of
 from harness.tenant.tables import SCHEMA, Base
+from harness.tenant.verifier_metrics import RoundFigures
 from harness.tenant.verifier_store import VerifierStore
 from harness.tls import certificate_requester, identities_of
 from harness.values import AgentId
@@ -130,14 +132,18 @@ class TenantVerifier:
         try:
             async with asyncio.TaskGroup() as group:
                 records = VerifierStore(store, time.time)
+                clock, metrics = SystemClock(), Metrics("tenant-verifier")
+                rounds = RoundFigures(metrics, clock.monotonic)
                 agents = Agents(
                     records,
                     connections,
-                    SystemClock(),
+                    clock,
                     requester=requester,
                     group=group,
                     patience_s=settings.transport_patience_s,
+                    told=rounds.told,
                 )
+                rounds.watch(agents)
                 await agents.load()
                 if receivers:
                     notifier = Notifier(NoticeStore(store), receivers, SystemClock(), Chance(), records.alarmed)
@@ -148,6 +154,7 @@ class TenantVerifier:
                     identities_of(own_tls),
                     health=_health(store),
                     audit=AlarmStore(store).keep,
+                    metrics=metrics,
                 )
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)

@@ -14,7 +14,7 @@ from harness.errors import HarnessError, NotFound
 from harness.store import Store, open_store
 from harness.tenant.agent_request import Contact, Snapshot
 from harness.tenant.agents import Act, Agents
-from harness.tenant.ports import GuestPort, ProviderPort
+from harness.tenant.ports import GuestPort, ProviderPort, Told, nobody_is_told
 from harness.tenant.tables import SCHEMA, Base
 from harness.tenant.verifier_store import VerifierStore
 from harness.values import AgentId
@@ -88,12 +88,12 @@ async def opened(folder: Path) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def verifier(database: Store, peers: FakePeers) -> AsyncIterator[Agents]:
+async def verifier(database: Store, peers: FakePeers, told: Told = nobody_is_told) -> AsyncIterator[Agents]:
     """Agents of one run of the service; their tasks end with the block."""
     try:
         async with asyncio.TaskGroup() as group:
             store = VerifierStore(database, lambda: 0.0)
-            agents = Agents(store, peers, peers.wire.time, requester=REQUESTER, group=group)
+            agents = Agents(store, peers, peers.wire.time, requester=REQUESTER, group=group, told=told)
             await agents.load()
             yield agents
             raise _Stop  # noqa: TRY301 - a task group ends its tasks by an exception
