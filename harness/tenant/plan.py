@@ -19,6 +19,8 @@ from harness.errors import MalformedMessage
 from harness.tenant.policy import Policy
 from harness.values import AgentId, HashAlg, HostId, PcrSelection
 
+_INTERVAL_JITTER = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostKeys:
@@ -42,7 +44,8 @@ class Timing:
     """Intervals and bounds of a session, in seconds where not said otherwise.
 
     Args:
-        quote_interval_s: wait between two rounds.
+        quote_interval_s: wait between two rounds, less up to a tenth of it at random: guests whose answers came with
+            one batch do not ask in step for ever.
         round_deadline_s: longest time from the guest nonce to the host's answer.
         attempt_deadline_s: longest time of one question, from the creation of its nonce (DESIGN 3.5).
         clock_unsafe_limit_s: how long a TPM clock may stay "not safe" before the session fails.
@@ -77,6 +80,14 @@ class Timing:
             raise MalformedMessage(
                 "clock_unsafe_limit_s must be in [0, 86400], provider_quote_interval in 1 to 1000000"
             )
+
+    def wait_between_rounds_s(self, jitter: float) -> float:
+        """Seconds from a round to the next.
+
+        Args:
+            jitter: a random number in [0, 1).
+        """
+        return self.quote_interval_s * (1 - _INTERVAL_JITTER * jitter)
 
     @property
     def attested_for_s(self) -> float:

@@ -3,7 +3,9 @@
 Invariants:
     1. Only errors of the transport and "later" answers are retried; a verdict never comes here.
     2. Patience survives a restart of the round: a peer that never answers fails the session in the end.
-    3. A wait is at least the peer's Retry-After.
+    3. A wait is at least the peer's Retry-After. Beyond it, jitter spreads the tries over an interval as long as
+       Retry-After itself, or as our own back-off if that is longer: sessions that were refused together do not come
+       back together.
     4. All times are of the monotonic clock: a system clock that jumps neither ends a session nor keeps one alive.
 
 Owner: one session.
@@ -124,17 +126,21 @@ class Retries:
         self._row = self._absent_row = 0
 
     def wait_s(self, jitter: float) -> float:
-        """Seconds to wait now: exponential with jitter, on top of what the peer asked for.
+        """Seconds to wait now: exponential, spread by jitter, on top of what the peer asked for.
+
+        After 404 at least half of the own wait is kept: the guest is being started.
 
         Args:
             jitter: a random number in [0, 1).
         """
-        timing = self._timing
+        timing, asked_s = self._timing, self._asked_wait_s
         if self._absent_row:
-            own = _doubled(timing.absent_first_s, timing.absent_longest_s, self._absent_row)
-        else:
-            own = _doubled(timing.backoff_first_s, timing.backoff_longest_s, self._row)
-        return self._asked_wait_s + own * (1 + jitter) / 2
+            own_s = _doubled(timing.absent_first_s, timing.absent_longest_s, self._absent_row)
+            return asked_s + own_s * (1 + jitter) / 2
+        own_s = _doubled(timing.backoff_first_s, timing.backoff_longest_s, self._row)
+        spread_s = max(own_s, min(asked_s, timing.backoff_longest_s))
+        shortest_s = max(asked_s, timing.backoff_first_s / 2)
+        return shortest_s + jitter * (asked_s + spread_s - shortest_s)
 
     def _again(self, event: Event) -> Event:
         self._asked_wait_s = 0.0

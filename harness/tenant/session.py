@@ -338,7 +338,7 @@ class Session:
         return Event.RETRY_DUE
 
     async def _wait_interval(self) -> Event:
-        await self._sleep(self.plan.timing.quote_interval_s)
+        await self._sleep(self.plan.timing.wait_between_rounds_s(self._ports.chance.jitter()))
         return Event.INTERVAL_OVER
 
     async def _sleep(self, seconds: float) -> None:

@@ -36,7 +36,7 @@ async def running(wire: Wire) -> AsyncIterator[Session]:
 @pytest.mark.parametrize("away_s", [0.1, 5.0, 60.0, 3600.0])
 async def test_the_loop_goes_on_by_itself_when_the_database_is_back(away_s: float) -> None:
     """However long it is away: no operator is needed, nobody is attested meanwhile, and then rounds go on."""
-    wire = Wire()
+    wire = Wire(jitter=0.5)
     async with running(wire) as session:
         wire.records.fault = LOCKED
         await wire.time.advance(2.0 + away_s)
@@ -149,7 +149,7 @@ async def test_an_allowed_reboot_is_stored_once_the_database_is_back() -> None:
 
 async def test_a_database_that_is_away_wears_out_nobodys_patience() -> None:
     """It was away for hours, and then the guest is for a minute: that minute is the guest's only."""
-    wire = Wire(v=None)
+    wire = Wire(v=None, jitter=0.5)
     async with running(wire) as session:
         wire.records.fault = LOCKED
         await wire.time.advance(7200.0)

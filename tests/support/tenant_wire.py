@@ -218,9 +218,12 @@ class MemoryRecords:
 
 
 class Wire:
-    """A guest, its host, the tenant's records and a clock, with a plan that the honest parties satisfy."""
+    """A guest, its host, the tenant's records and a clock, with a plan that the honest parties satisfy.
 
-    def __init__(self, **changes: Any) -> None:
+    ``jitter`` is what all waits draw: with 0, intervals are whole and back-offs as short as they can be.
+    """
+
+    def __init__(self, *, jitter: float = 0.0, **changes: Any) -> None:
         self.time = ManualTime()
         self.guest = FakeGuest(SoftTpm())
         self.provider = FakeProvider(SoftTpm())
@@ -231,7 +234,7 @@ class Wire:
             provider=self.provider,
             records=self.records,
             clock=self.time,
-            chance=Chance(jitter=lambda: 0.0),
+            chance=Chance(jitter=lambda: jitter),
         )
         self.v = secrets.token_bytes(32)
         self.plan = replace(self._honest_plan(), **changes)

@@ -120,7 +120,7 @@ async def test_a_transport_failure_is_retried_with_a_new_nonce(layer: str, error
 @BOTH
 async def test_retries_end_in_failed(layer: str) -> None:
     """After ten minutes the session fails, with the reason and an alarm, and waits for the operator."""
-    wire = Wire()
+    wire = Wire(jitter=0.5)
     peer(wire, layer).script = [PeerUnreachable("no connection")] * 1000
     async with running(wire) as session:
         await wire.time.advance(590)
@@ -142,7 +142,7 @@ async def test_retries_end_in_failed(layer: str) -> None:
 @pytest.mark.parametrize("away_s", [5, 60, 595])
 async def test_a_peer_that_comes_back_is_asked_again_without_an_operator(layer: str, away_s: int) -> None:
     """Away for a minute, or for almost as long as our patience: rounds go on by themselves, within one longest wait."""
-    wire = Wire(v=None)
+    wire = Wire(v=None, jitter=0.5)
     async with running(wire) as session:
         peer(wire, layer).script = [PeerUnreachable("no connection")] * 1000
         await wire.time.advance(away_s)
@@ -167,12 +167,12 @@ async def test_patience_is_a_setting_and_starts_anew_with_each_answer() -> None:
 
 
 async def test_back_off_doubles_and_follows_retry_after() -> None:
-    """Waits double up to the bound, and a peer's Retry-After comes on top."""
-    wire = Wire(timing=Timing(backoff_longest_s=4.0))
+    """The interval of the waits doubles up to the bound, and lies behind a peer's Retry-After."""
+    wire = Wire(timing=Timing(backoff_longest_s=4.0), jitter=0.5)
     wire.guest.script = [PeerUnreachable("x")] * 5 + [PoolFull("full", retry_after_s=20.0)]
     async with running(wire):
         await wire.time.advance(60)
-        assert wire.time.slept[:6] == [0.25, 0.5, 1.0, 2.0, 2.0, 22.0]
+        assert wire.time.slept[:6] == [0.375, 0.625, 1.125, 2.125, 2.125, 22.0]
 
 
 async def test_a_retry_after_without_end_fails() -> None:
@@ -645,7 +645,7 @@ async def test_a_fault_of_ours_ends_in_tenant_failed() -> None:
 
 async def test_a_database_that_fails_keeps_nothing_attested() -> None:
     """Nothing can be stored: V is not released, nobody is attested, and it goes on by itself when the database is."""
-    wire = Wire()
+    wire = Wire(jitter=0.5)
     wire.records.fault = StoreError("disk full")
     async with running(wire) as session:
         await wire.time.advance(3600)
