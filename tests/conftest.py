@@ -2,10 +2,11 @@
 
 * ``needs_swtpm`` skips on a machine without swtpm, and **fails** where ``HARNESS_REQUIRE`` names ``swtpm``
   (the tox env ``e2e`` and CI do).
-* ``needs_postgres`` does the same for PostgreSQL; ``HARNESS_REQUIRE=swtpm,postgres`` requires both.
-* ``needs_cc`` (a clock that jumps is compiled) and ``needs_mount`` (a disk of the test's own) do so as well.
+* Every other marker ``needs_NAME`` (`requirements.NEEDS`) does the same by its own name;
+  ``HARNESS_REQUIRE=swtpm,postgres`` requires two of them. Nothing else is skipped.
 * The seed of the run is in the header; ``HARNESS_SEED=N`` repeats it. Tests take their randomness from the
-  fixture ``rng``.
+  fixture ``rng``. A test that takes ``seed`` runs ``HARNESS_SEEDS`` times (20 in CI, 3 elsewhere), and each time its
+  ``rng`` is another one.
 * Hypothesis has no deadline (the machine may be busy) and draws the same examples in CI on each run.
 * A run in which every test was skipped is not green.
 """
@@ -29,6 +30,7 @@ __all__ = ["database_url", "postgres", "store_url"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("HARNESS_SEED") or secrets.randbelow(2**32))
+SEEDS = int(os.environ.get("HARNESS_SEEDS") or (20 if os.environ.get("CI") else 3))
 
 hypothesis.settings.register_profile("laptop", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -38,7 +40,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "laptop")
 def pytest_report_header() -> str:
     """Show what a second run needs to be the same run."""
     require = os.environ.get("HARNESS_REQUIRE") or "nothing"
-    return f"harness: seed {SEED} (repeat with HARNESS_SEED={SEED}), required: {require}"
+    return f"harness: seed {SEED} (repeat with HARNESS_SEED={SEED}), {SEEDS} seeds a case, required: {require}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes ``seed`` once for each of the run's seeds."""
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(SEEDS), ids=lambda seed: f"seed{seed}")
 
 
 @pytest.fixture
@@ -49,14 +57,9 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, or fail where the machine is said to have it, what this machine cannot run."""
-    if item.get_closest_marker("needs_swtpm") is not None:
-        _require("swtpm", requirements.missing_for_swtpm(), "`harness doctor` tells how to install it")
-    if item.get_closest_marker("needs_postgres") is not None:
-        _require("postgres", requirements.missing_for_postgres(), "`tools/setup.sh --tests` installs it")
-    if item.get_closest_marker("needs_cc") is not None:
-        _require("cc", requirements.missing_for_cc(), "`tools/setup.sh` installs it")
-    if item.get_closest_marker("needs_mount") is not None:
-        _require("mount", requirements.missing_for_mount(), "run as root, in a container with CAP_SYS_ADMIN")
+    for name, (missing, step) in requirements.NEEDS.items():
+        if item.get_closest_marker(f"needs_{name}") is not None:
+            _require(name, missing(), step)
 
 
 def _require(name: str, missing: tuple[str, ...], step: str) -> None:

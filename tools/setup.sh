@@ -3,7 +3,7 @@
 #
 #   tools/setup.sh            everything that is missing
 #   tools/setup.sh --packages the distribution packages only
-#   tools/setup.sh --tests    also what only the tests need (a PostgreSQL server's programs); goes with --packages
+#   tools/setup.sh --tests    also what only the tests need (a PostgreSQL server, openssl, ...); goes with --packages
 #
 # Invariants:
 #   1. Nothing is installed that is there already, and a run with nothing to do takes well under a second.
@@ -33,8 +33,18 @@ missing_packages() {
     have pkg-config || echo 'pkg-config pkgconf-pkg-config'
     pkg-config --exists tss2-esys tss2-fapi 2>/dev/null || echo 'libtss2-dev tpm2-tss-devel'
     [ -e /usr/include/stdio.h ] || echo 'libc6-dev glibc-devel'
-    [ -z "$FOR_TESTS" ] || has_postgres || echo 'postgresql postgresql-server'
+    [ -z "$FOR_TESTS" ] || missing_for_tests
     has_python || printf 'python3 python3\npython3-venv python3\npython3-dev python3-devel\n'
+}
+
+# The same, of what only the tests need; a small container may lack even essential packages.
+missing_for_tests() {
+    has_postgres || echo 'postgresql postgresql-server'
+    have openssl || echo 'openssl openssl'
+    have systemd-analyze || echo 'systemd systemd'
+    have chattr || echo 'e2fsprogs e2fsprogs'
+    { have mount && have umount; } || echo 'mount util-linux'
+    { have unshare && have setpriv; } || echo 'util-linux util-linux'
 }
 
 # Whether a PostgreSQL server's programs are here: Debian keeps them beside the version, and this one in PATH.

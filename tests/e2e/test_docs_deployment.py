@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_certificates_of_the_projects_own_code(tmp_path: Path, monkeypatch: pyte
     assert role_and_name(operator) == (pki.Role.TENANT_OPERATOR, "operator")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.needs_openssl
 def test_certificates_of_another_authority(tmp_path: Path) -> None:
     """Those that openssl signs as the page says have role, name and authority."""
     blocks = [block for block in docs.blocks_of(PAGE) if block.language == "console"]
@@ -67,13 +66,13 @@ def verified(units: list[Path], folder: Path) -> tuple[int, list[str]]:
     return done.returncode, [line for line in lines if not any(f"'{key}'" in line for key in NEWER)]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.needs_systemd
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     """No unknown key, no bad value, no program that is not there."""
     assert verified(UNITS, tmp_path) == (0, [])
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.needs_systemd
 def test_a_unit_with_a_fault_is_not_accepted(tmp_path: Path) -> None:
     """A key that systemd does not know is named."""
     bad = tmp_path / "harness-bad.service"

@@ -18,7 +18,9 @@ import pytest
 from harness.errors import NotReady, PeerUnreachable, ShuttingDown
 from harness.tenant.enrolment import SECRET_SIZE
 from tests.support.database_faults import Fault, Site, full, locked
+from tests.support.lab_faults import mounted
 from tests.support.registrar_process import RegistrarSite, registrar_site
+from tests.support.requirements import DISK
 from tests.support.service_process import STOP_S, serving
 from tests.support.tenant_wire import AGENT
 from tests.support.tpms import short_folder
@@ -28,8 +30,9 @@ RESTORE = "harness db restore"
 
 
 @pytest.fixture
-async def site() -> AsyncIterator[RegistrarSite]:
-    with short_folder() as folder:
+async def site(request: pytest.FixtureRequest) -> AsyncIterator[RegistrarSite]:
+    on_disk = request.node.get_closest_marker("needs_chattr") is not None
+    with short_folder(DISK if on_disk else None) as folder:
         async with registrar_site(folder) as made:
             yield made
 
@@ -127,15 +130,17 @@ async def test_what_is_enrolled_is_enrolled_after_a_restart(site: RegistrarSite,
 def read_only(site: Site) -> Iterator[None]:
     """The file and its log cannot be changed, not even by root and by who has them open."""
     files = [site.database, site.database.with_name(f"{site.database.name}-wal")]
-    if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", *files], check=False).returncode:
-        pytest.skip("files cannot be made immutable here")
+    subprocess.run(["chattr", "+i", *files], check=True)
     try:
         yield
     finally:
         subprocess.run(["chattr", "-i", *files], check=True)
 
 
-@pytest.mark.parametrize("fault", [locked, full, read_only])
+FAULTS = [locked, full, pytest.param(read_only, marks=pytest.mark.needs_chattr)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 async def test_a_database_that_fails_is_503_until_it_is_back(site: RegistrarSite, fault: Fault) -> None:
     """With Retry-After; the process lives, nothing enrolled is lost, nothing half stored, and the next call works."""
     async with serving(site.process):
@@ -154,7 +159,7 @@ async def test_a_database_that_fails_is_503_until_it_is_back(site: RegistrarSite
         assert [entry["action"] for entry in entries] == ["host-add", "guest-state", "host-re-enrol"]
 
 
-@pytest.mark.parametrize("fault", [locked, full, read_only])
+@pytest.mark.parametrize("fault", FAULTS)
 async def test_a_guest_that_registers_during_a_fault_is_taken_afterwards(site: RegistrarSite, fault: Fault) -> None:
     """Its agent is told to come again, and does; no alarm is raised."""
     async with serving(site.process):
@@ -174,15 +179,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if os.getuid() or subprocess.run(mounted, check=False, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
+    with mounted(path, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
         yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.needs_mount
 async def test_a_full_disk_is_503_until_there_is_room(disk: Path) -> None:
     """Somebody fills it; what was enrolled is read all the same, and the service goes on when there is room."""
     with short_folder() as folder:

@@ -13,6 +13,16 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FOR_TESTS = {
+    "openssl": ("openssl", "openssl"),
+    "systemd-analyze": ("systemd", "systemd"),
+    "chattr": ("e2fsprogs", "e2fsprogs"),
+    "mount": ("mount", "util-linux"),
+    "umount": ("mount", "util-linux"),
+    "unshare": ("util-linux", "util-linux"),
+    "setpriv": ("util-linux", "util-linux"),
+}
+"""Programs that only tests need: Debian's package, and Fedora's."""
 NEEDED = ("bash", "sh", "env", "cat", "cut", "sort", "tr", "head", "grep", "sha256sum", "dirname", "id", "true")
 
 
@@ -105,7 +115,7 @@ class Machine:
             found = shutil.which(name)
             assert found is not None, name
             (self.bin / name).symlink_to(found)
-        for name in ("swtpm", "swtpm_setup", "tpm2_pcrread", "gcc", "make"):
+        for name in ("swtpm", "swtpm_setup", "tpm2_pcrread", "gcc", "make", *FOR_TESTS):
             script(self.bin / name, "exit 0")
         (self.bin / "python3").symlink_to(sys.executable)
         script(self.bin / "pkg-config", "exit 0")
@@ -196,6 +206,22 @@ def test_fedora_is_asked_for_its_own_server_package(machine: Machine) -> None:
     machine.installer("dnf", installs="initdb")
     assert machine.setup("--tests").returncode == 0
     assert machine.calls == ["dnf -q -y install postgresql-server"]
+
+
+@pytest.mark.parametrize("program", FOR_TESTS)
+@pytest.mark.parametrize("manager", ["apt-get", "dnf"])
+def test_programs_of_the_tests_are_installed_for_them_only(machine: Machine, program: str, manager: str) -> None:
+    """Without `--tests` nobody misses them; with it the package that brings one is installed, once."""
+    script(machine.bin / "initdb", "exit 0")
+    machine.remove(program)
+    machine.installer(manager, installs=program)
+    assert (machine.setup().returncode, machine.calls) == (0, [])
+    assert machine.setup("--tests").returncode == 0
+    package = FOR_TESTS[program][manager == "dnf"]
+    assert machine.calls[-1].endswith(f" {package}")
+    calls = len(machine.calls)
+    again = machine.setup("--tests")
+    assert (again.returncode, again.stderr, len(machine.calls)) == (0, "", calls)
 
 
 def test_an_unknown_option_is_refused(machine: Machine) -> None:

@@ -181,21 +181,10 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture
-def own_mounts() -> list[str]:
-    """Command prefix under which a process may mount what only it sees."""
-    prefix = ["unshare", "--mount", "--user", "--map-root-user"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("this machine lets nobody make a mount namespace")
-    return prefix
-
-
-def test_a_full_disk_and_a_read_only_one_are_store_errors(own_mounts: list[str], path: Path) -> None:
+@pytest.mark.needs_mount
+def test_a_full_disk_and_a_read_only_one_are_store_errors(path: Path) -> None:
     """Each time the sentence says what to do; the same store goes on when there is space again."""
-    ran = child(MOUNTED.format(folder=str(path.parent)), *own_mounts)
+    ran = child(MOUNTED.format(folder=str(path.parent)), "unshare", "--mount")
     assert ran.returncode == 0, ran.stderr
     first, second, rows, read_only = ran.stdout.splitlines()
     assert first == second

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from harness.sim.tpm_proxy import TpmProxy
 from harness.swtpm import SwtpmProcess
 from harness.tpm import KeyTemplate, Tpm
 from harness.values import HashAlg, PcrSelection
-from tests.support.requirements import required
 from tests.support.tpms import AUTH, PCRS_0_TO_7, blank_swtpm, short_folder
 
 pytestmark = pytest.mark.needs_swtpm
@@ -257,9 +255,7 @@ async def test_absent_tpm_cuts_clients_off(bench: Bench) -> None:
         await tpm.quote(ECC, AUTH, b"q", PCRS_0_TO_7)
 
 
-@pytest.mark.skipif(
-    shutil.which("tpm2_pcrread") is None and "swtpm" not in required(os.environ), reason="tpm2-tools not installed"
-)
+@pytest.mark.needs_tpm2_tools
 async def test_tpm2_tools_work_through_the_proxy(bench: Bench) -> None:
     """A client that is not ours reads the same PCRs and quotes with our key."""
     environment = os.environ | {"TPM2TOOLS_TCTI": bench.proxy.tcti}

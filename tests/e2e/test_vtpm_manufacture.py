@@ -332,7 +332,7 @@ async def test_users_that_are_not_in_the_settings_are_refused(folder: Path, ca: 
 ASK = "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.send(b'%s\\n'); print(s.recv(9999).decode())"
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
+@pytest.mark.needs_root
 @pytest.mark.parametrize("op", ["starting", "release", "audit"])
 async def test_swtpms_user_asks_for_certificates_only(folder: Path, ca: SoftCa, op: str) -> None:
     """It is in the settings, so it can connect; it may not say what a guest starts with, nor release it, nor read who

@@ -18,9 +18,10 @@ PCRS_0_TO_7 = PcrSelection.of(HashAlg.SHA256, 0xFF)
 
 
 @contextlib.contextmanager
-def short_folder() -> Iterator[Path]:
-    """Folder whose path is short enough for the sockets in it; removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="h"))
+def short_folder(below: Path | None = None) -> Iterator[Path]:
+    """Folder whose path is short enough for the sockets in it, among the temporary files or elsewhere; removed
+    afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="h", dir=below))
     try:
         yield folder
     finally:

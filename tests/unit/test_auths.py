@@ -61,7 +61,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> No
         auths.load(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.needs_root
 def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
     """Whoever owns it knows the values."""
     auths.make(tmp_path)

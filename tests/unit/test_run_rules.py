@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import sys
@@ -16,7 +17,8 @@ from tests.support import requirements
 from tests.support.stop_lab import Overdue, once_more_if_overdue
 
 pytest_plugins = ["pytester"]
-ROOT = Path(__file__).parents[2]
+THIS = Path(__file__)
+ROOT = THIS.parents[2]
 
 NEEDS = """
 import pytest
@@ -35,8 +37,7 @@ def test_plain():
 @pytest.fixture
 def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A test folder with this project's rules, on a machine without swtpm and PostgreSQL."""
-    requirements.missing_for_swtpm.cache_clear()
-    requirements.missing_for_postgres.cache_clear()
+    probe_again()
     monkeypatch.setattr(requirements, "program", lambda _: None)  # Debian's are beside their version, not in PATH
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
@@ -48,11 +49,15 @@ def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
     return pytester
 
 
+def probe_again() -> None:
+    for missing, _ in requirements.NEEDS.values():
+        getattr(missing, "cache_clear", lambda: None)()
+
+
 @pytest.fixture(autouse=True)
 def _probe_again() -> object:
     yield
-    requirements.missing_for_swtpm.cache_clear()
-    requirements.missing_for_postgres.cache_clear()
+    probe_again()
 
 
 def test_a_test_that_needs_swtpm_is_skipped_with_the_reason(elsewhere: pytest.Pytester) -> None:
@@ -119,14 +124,37 @@ def test_required_names_are_a_comma_separated_list(value: str, names: set[str]) 
     assert requirements.required({"HARNESS_REQUIRE": value}) == names
 
 
+def test_each_marker_has_its_rule() -> None:
+    """What `pyproject.toml` names as ``needs_X`` is looked for, and nothing else is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    markers = project["tool"]["pytest"]["ini_options"]["markers"]
+    needed = [marker.partition(":")[0].removeprefix("needs_") for marker in markers if marker.startswith("needs_")]
+    assert sorted(needed) == sorted(requirements.NEEDS)
+
+
 @pytest.mark.parametrize("file", ["tox.ini", ".ci/run"])
 def test_what_a_test_may_need_is_required_in_full_runs(file: str) -> None:
     """For each marker ``needs_X`` the end-to-end run names X: there no such test is skipped."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    markers = project["tool"]["pytest"]["ini_options"]["markers"]
-    needed = {marker.partition(":")[0].removeprefix("needs_") for marker in markers if marker.startswith("needs_")}
     lists = re.findall(r"HARNESS_REQUIRE *= *(\S+)", (ROOT / file).read_text(encoding="utf-8"))
-    assert needed <= requirements.required({"HARNESS_REQUIRE": lists[0]})
+    assert requirements.NEEDS.keys() <= requirements.required({"HARNESS_REQUIRE": lists[0]})
+
+
+def test_no_test_skips_itself() -> None:
+    """A skip that no marker stands for would be silent in a full run too; only conftest.py, which knows, skips."""
+    skips = re.compile(r"pytest\.skip\b|mark\.skip|importorskip|SkipTest")
+    files = [path for path in (ROOT / "tests").rglob("*.py") if path not in (ROOT / "tests" / "conftest.py", THIS)]
+    assert [str(path) for path in files if skips.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_each_requirement_is_missed_on_a_machine_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is nobody, and has no program, has nothing of what a test may need; what it lacks is named."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(requirements, "program", lambda _: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    probe_again()
+    for name, (missing, step) in requirements.NEEDS.items():
+        assert missing(), name
+        assert step
 
 
 @pytest.mark.parametrize(
