@@ -19,7 +19,7 @@ from harness.errors import (
 from harness.provider.batch import RFC9162, PendingQuote, TreeBuilder
 from harness.provider.batcher import Answer
 from tests.support.batching import WAIT_S, settle, within
-from tests.support.bench import Bounds, bench, errors_of
+from tests.support.bench import Bounds, NewBench, errors_of
 from tests.support.pendings import a_request, agent, allow
 
 TENANTS = ("alice", "bob", "carol")
@@ -28,7 +28,7 @@ TENANTS = ("alice", "bob", "carol")
 # --- who meets in a batch ---------------------------------------------------------------------------------------------
 
 
-async def test_requests_of_three_tenants_that_arrive_during_a_quote_get_one_further_quote() -> None:
+async def test_requests_of_three_tenants_that_arrive_during_a_quote_get_one_further_quote(bench: NewBench) -> None:
     """With one quote in flight all later arrivals share exactly one more, and each verifies its own proof."""
     async with bench() as made:
         early = a_request("early")
@@ -47,7 +47,7 @@ async def test_requests_of_three_tenants_that_arrive_during_a_quote_get_one_furt
         assert [report.requests for report in made.reports] == [1, len(pendings)]
 
 
-async def test_another_members_proof_does_not_verify() -> None:
+async def test_another_members_proof_does_not_verify(bench: NewBench) -> None:
     """The checker can fail: the proof of one request is worthless for another."""
     async with bench() as made:
         made.quoter.hold()
@@ -61,7 +61,7 @@ async def test_another_members_proof_does_not_verify() -> None:
             made.verify(tasks[0], pendings[1])
 
 
-async def test_pcrs_that_a_member_may_not_see_make_another_pool() -> None:
+async def test_pcrs_that_a_member_may_not_see_make_another_pool(bench: NewBench) -> None:
     """A union outside somebody's allowlist is never quoted; both requests are served, by two quotes."""
     async with bench() as made:
         first = await made.in_flight()
@@ -75,7 +75,7 @@ async def test_pcrs_that_a_member_may_not_see_make_another_pool() -> None:
             made.verify(task, pending)
 
 
-async def test_two_guests_of_one_tenant_share_a_batch() -> None:
+async def test_two_guests_of_one_tenant_share_a_batch(bench: NewBench) -> None:
     """Each leaf carries its own guest's vTPM; one quote serves both."""
     async with bench() as made:
         made.residency.states |= {agent(1): b"1" * 32, agent(2): b"2" * 32}
@@ -91,9 +91,9 @@ async def test_two_guests_of_one_tenant_share_a_batch() -> None:
         assert made.quoter.tpm.quotes == 2
 
 
-async def test_random_arrivals_all_verify(rng: random.Random) -> None:
+async def test_random_arrivals_all_verify(bench: NewBench, rng: random.Random) -> None:
     """Whatever arrives, leaves and is allowed, every answer verifies and shows nobody a PCR it may not see."""
-    async with bench(seed=rng) as made:
+    async with bench() as made:
         waiting: list[tuple[asyncio.Task[Answer], PendingQuote]] = []
         for _ in range(300):
             allowed = rng.sample(range(16), rng.randint(2, 16))
@@ -112,7 +112,7 @@ async def test_random_arrivals_all_verify(rng: random.Random) -> None:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-async def test_the_pool_that_waits_longest_goes_first() -> None:
+async def test_the_pool_that_waits_longest_goes_first(bench: NewBench) -> None:
     """A pool is not passed by one that opened later, however many wait there."""
     async with bench() as made:
         await made.in_flight()
@@ -128,7 +128,7 @@ async def test_the_pool_that_waits_longest_goes_first() -> None:
         assert tenants == [{"early"}, {"old"}, {"new"}]
 
 
-async def test_tenants_take_turns_where_a_tree_cannot_take_all() -> None:
+async def test_tenants_take_turns_where_a_tree_cannot_take_all(bench: NewBench) -> None:
     """A flood of one tenant leaves room for the others in the very next batch."""
     small = TreeBuilder(name="small", build=RFC9162.build, limit=16)
     async with bench(builder=small) as made:
@@ -150,7 +150,7 @@ async def test_tenants_take_turns_where_a_tree_cannot_take_all() -> None:
 # --- bounds -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_outside_its_own_allowlist_is_refused() -> None:
+async def test_a_request_outside_its_own_allowlist_is_refused(bench: NewBench) -> None:
     """It never reaches a pool."""
     async with bench() as made:
         with pytest.raises(SelectionNotAllowed):
@@ -158,7 +158,7 @@ async def test_a_request_outside_its_own_allowlist_is_refused() -> None:
         assert made.quoter.batches == []
 
 
-async def test_a_tenant_has_a_bounded_share_and_others_still_get_in() -> None:
+async def test_a_tenant_has_a_bounded_share_and_others_still_get_in(bench: NewBench) -> None:
     """Beyond its share a tenant is refused; a place is free again when one of its requests has ended."""
     async with bench(bounds=Bounds(tenant_share=3)) as made:
         await made.in_flight()
@@ -176,7 +176,7 @@ async def test_a_tenant_has_a_bounded_share_and_others_still_get_in() -> None:
         await within([again, other])
 
 
-async def test_full_pools_refuse() -> None:
+async def test_full_pools_refuse(bench: NewBench) -> None:
     """The bound holds over all tenants and pools; it is typed and says when to come again."""
     async with bench(bounds=Bounds(pool_size=2)) as made:
         await made.in_flight()
@@ -188,7 +188,7 @@ async def test_full_pools_refuse() -> None:
         assert not tasks[0].done()
 
 
-async def test_the_number_of_pools_is_bounded() -> None:
+async def test_the_number_of_pools_is_bounded(bench: NewBench) -> None:
     """Requests that can share with nobody open at most so many pools."""
     async with bench(bounds=Bounds(max_pools=3)) as made:
         await made.in_flight()
@@ -211,7 +211,9 @@ async def test_the_number_of_pools_is_bounded() -> None:
         pytest.param(None, GuestNotHere, id="not-mentioned"),
     ],
 )
-async def test_an_absent_guest_has_no_leaf(state: GuestNotHere | NotReady | None, error: type[HarnessError]) -> None:
+async def test_an_absent_guest_has_no_leaf(
+    bench: NewBench, state: GuestNotHere | NotReady | None, error: type[HarnessError]
+) -> None:
     """It is told so, the others of its batch are served, and nothing is signed about it."""
     async with bench() as made:
         if state is not None:
@@ -232,7 +234,7 @@ async def test_an_absent_guest_has_no_leaf(state: GuestNotHere | NotReady | None
         assert made.reports[-1].refused == 1
 
 
-async def test_a_batch_of_absent_guests_costs_no_quote() -> None:
+async def test_a_batch_of_absent_guests_costs_no_quote(bench: NewBench) -> None:
     """Nothing is sealed for nobody, and the batcher goes on."""
     async with bench() as made:
         (absent,) = tasks = [made.submit(a_request(agent_id=agent(1)))]
@@ -243,7 +245,7 @@ async def test_a_batch_of_absent_guests_costs_no_quote() -> None:
 
 
 @pytest.mark.parametrize("fault", [StoreError("journal"), None], ids=["fails", "hangs"])
-async def test_not_knowing_who_is_here_is_not_absence(fault: Exception | None) -> None:
+async def test_not_knowing_who_is_here_is_not_absence(bench: NewBench, fault: Exception | None) -> None:
     """Guests are told to come again; host-only requests of the same batch are served."""
     async with bench() as made:
         made.residency.fault = fault
@@ -259,7 +261,7 @@ async def test_not_knowing_who_is_here_is_not_absence(fault: Exception | None) -
         assert errors_of([guest]) == [NotReady]
 
 
-async def test_residency_is_asked_at_sealing_not_at_arrival() -> None:
+async def test_residency_is_asked_at_sealing_not_at_arrival(bench: NewBench) -> None:
     """A guest that left while its request waited gets no leaf."""
     async with bench() as made:
         made.residency.states[agent(1)] = b"1" * 32

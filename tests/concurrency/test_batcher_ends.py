@@ -17,7 +17,7 @@ from harness.errors import (
 )
 from harness.provider.batcher import Answer
 from tests.support.batching import WAIT_S, settle, within
-from tests.support.bench import Bounds, bench, errors_of
+from tests.support.bench import Bounds, NewBench, errors_of
 from tests.support.pendings import a_request, agent, allow
 
 TENANTS = ("alice", "bob", "carol")
@@ -26,7 +26,7 @@ TENANTS = ("alice", "bob", "carol")
 # --- cancellation -----------------------------------------------------------------------------------------------------
 
 
-async def test_cancelled_before_sealing_leaves_the_pool() -> None:
+async def test_cancelled_before_sealing_leaves_the_pool(bench: NewBench) -> None:
     """It has no leaf, its PCRs are not quoted, and its place is free."""
     async with bench() as made:
         await made.in_flight()
@@ -40,7 +40,7 @@ async def test_cancelled_before_sealing_leaves_the_pool() -> None:
         assert made.quoter.batches[1].selection == allow([0])
 
 
-async def test_cancelled_during_the_residency_check_has_no_leaf() -> None:
+async def test_cancelled_during_the_residency_check_has_no_leaf(bench: NewBench) -> None:
     """The pool was taken, but nothing was sealed yet."""
     async with bench() as made:
         made.residency.states[agent(1)] = b"1" * 32
@@ -55,7 +55,7 @@ async def test_cancelled_during_the_residency_check_has_no_leaf() -> None:
         assert made.quoter.batches[0].selection == allow([0])
 
 
-async def test_cancelled_during_the_quote_leaves_its_leaf() -> None:
+async def test_cancelled_during_the_quote_leaves_its_leaf(bench: NewBench) -> None:
     """The others of the batch get their answers, which verify."""
     async with bench() as made:
         await made.in_flight()
@@ -72,7 +72,7 @@ async def test_cancelled_during_the_quote_leaves_its_leaf() -> None:
         made.verify(stays, pending)
 
 
-async def test_a_cancelled_request_that_was_alone_opens_the_way() -> None:
+async def test_a_cancelled_request_that_was_alone_opens_the_way(bench: NewBench) -> None:
     """An emptied pool vanishes: the batcher seals nothing, and takes the next request."""
     async with bench() as made:
         first = await made.in_flight()
@@ -92,7 +92,7 @@ async def test_a_cancelled_request_that_was_alone_opens_the_way() -> None:
 @pytest.mark.parametrize(
     "error", [DeviceFault("TPM_RC_FAILURE", response_code=0x101), DeviceUnavailable("connection reset")]
 )
-async def test_a_tpm_error_reaches_exactly_its_batch(when: str, error: HarnessError) -> None:
+async def test_a_tpm_error_reaches_exactly_its_batch(bench: NewBench, when: str, error: HarnessError) -> None:
     """Whether the TPM had made the quote or not: all waiters of that batch are told, and the next one is quoted."""
     async with bench() as made:
         faults = made.quoter.faults_before if when == "before" else made.quoter.faults_after
@@ -114,7 +114,7 @@ async def test_a_tpm_error_reaches_exactly_its_batch(when: str, error: HarnessEr
         assert [report.outcome for report in made.reports] == ["quoted", type(error).__name__, "quoted"]
 
 
-async def test_an_unusable_tpm_stops_the_batcher_and_releases_everybody() -> None:
+async def test_an_unusable_tpm_stops_the_batcher_and_releases_everybody(bench: NewBench) -> None:
     """A client that was given up cannot serve a later batch: those who wait are told at once."""
     async with bench() as made:
         first = await made.in_flight()
@@ -133,7 +133,7 @@ async def test_an_unusable_tpm_stops_the_batcher_and_releases_everybody() -> Non
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def test_stop_releases_waiters_in_flight_and_in_pools() -> None:
+async def test_stop_releases_waiters_in_flight_and_in_pools(bench: NewBench) -> None:
     """All of them end with ShuttingDown, also while the TPM is still at work; later requests are refused."""
     async with bench() as made:
         first = await made.in_flight()
@@ -150,7 +150,7 @@ async def test_stop_releases_waiters_in_flight_and_in_pools() -> None:
 
 
 @pytest.mark.parametrize("point", ["idle", "linger", "residency", "quote"])
-async def test_cancelling_the_owner_at_any_await_releases_everybody(point: str) -> None:
+async def test_cancelling_the_owner_at_any_await_releases_everybody(bench: NewBench, point: str) -> None:
     """Wherever the owner task is cancelled, nobody is left waiting."""
     async with bench(bounds=Bounds(linger_s=3600.0 if point == "linger" else 0.0)) as made:
         made.clock.frozen = True
@@ -172,7 +172,7 @@ async def test_cancelling_the_owner_at_any_await_releases_everybody(point: str) 
         assert made.owner.cancelled()
 
 
-async def test_a_request_without_an_owner_ends_by_its_own_deadline() -> None:
+async def test_a_request_without_an_owner_ends_by_its_own_deadline(bench: NewBench) -> None:
     """Even a quote that never comes keeps nobody for ever; the place in the pool is free afterwards."""
     async with bench(answer_s=20.0, bounds=Bounds(tenant_share=1)) as made:
         stuck = await made.in_flight(a_request("alice"))
@@ -187,7 +187,7 @@ async def test_a_request_without_an_owner_ends_by_its_own_deadline() -> None:
         assert not again.done() or not isinstance(again.exception(), ShareExhausted)
 
 
-async def test_a_linger_gathers_more() -> None:
+async def test_a_linger_gathers_more(bench: NewBench) -> None:
     """With a linger the batch takes in what came while it waited."""
     async with bench(bounds=Bounds(linger_s=0.5)) as made:
         tasks = [made.submit(a_request(tenant)) for tenant in TENANTS]

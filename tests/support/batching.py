@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
 from harness.errors import GuestNotHere, HarnessError, NotReady
@@ -17,19 +17,26 @@ WAIT_S = 5.0
 """Longest that a test waits for something that is to happen."""
 
 
+Turns = Callable[[], int]
+"""How many turns of the loop something takes that takes no time."""
+
+
 class FakeQuoter:
     """Quotes with a soft TPM, stops at a gate on request, and checks its caller.
 
     ``held`` closes the gate: a quote then waits until `let_go`, or `step`. ``faults_before`` and ``faults_after`` name
-    the quote (the first is 1) that fails before the TPM has made it, or when it has.
+    the quote (the first is 1) that fails before the TPM has made it, or when it has. ``quotes`` makes them another way.
     """
 
-    def __init__(self, tpm: SoftTpm, *, held: bool = False) -> None:
+    def __init__(self, tpm: SoftTpm, *, held: bool = False, turns: Turns = lambda: 0) -> None:
         self.tpm = tpm
         self.usable = True
         self.batches: list[SealedBatch] = []
         self.faults_before: dict[int, HarnessError] = {}
         self.faults_after: dict[int, HarnessError] = {}
+        self.quotes: Callable[[SealedBatch], Awaitable[Quote]] | None = None
+        self.asked: Callable[[SealedBatch], None] = lambda batch: None
+        self._turns = turns
         self._gate = asyncio.Event()
         self._arrived = asyncio.Event()
         self._busy = False
@@ -42,13 +49,16 @@ class FakeQuoter:
         assert batch not in self.batches, "one batch quoted twice"
         self._busy = True
         self.batches.append(batch)
+        self.asked(batch)
         number = len(self.batches)
         self._arrived.set()
         try:
+            await settle(self._turns())
             if number in self.faults_before:
                 raise self.faults_before[number]
             await self._gate.wait()
-            quote = self.tpm.quote_batch(batch)
+            quote = self.tpm.quote_batch(batch) if self.quotes is None else await self.quotes(batch)
+            await settle(self._turns())
             if number in self.faults_after:
                 raise self.faults_after[number]
             return quote
@@ -77,25 +87,29 @@ class FakeQuoter:
 
 
 class FakeResidency:
-    """Says what the test put in; records what it was asked."""
+    """Says what the test put in; records what it was asked, and what it said."""
 
-    def __init__(self, here: Mapping[AgentId, bytes] | None = None) -> None:
+    def __init__(self, here: Mapping[AgentId, bytes] | None = None, *, turns: Turns = lambda: 0) -> None:
         self.states: dict[AgentId, bytes | GuestNotHere | NotReady] = dict(here or {})
         self.asked: list[frozenset[AgentId]] = []
+        self.said: list[dict[AgentId, bytes | GuestNotHere | NotReady]] = []
         self.fault: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
+        self._turns = turns
 
     async def check(self, agent_ids: frozenset[AgentId]) -> Mapping[AgentId, bytes | GuestNotHere | NotReady]:
         assert agent_ids, "asked about nobody"
         self.asked.append(agent_ids)
+        await settle(self._turns())
         await self.gate.wait()
         if self.fault is not None:
             raise self.fault
-        return {agent_id: self.states[agent_id] for agent_id in agent_ids if agent_id in self.states}
+        self.said.append({agent_id: self.states[agent_id] for agent_id in agent_ids if agent_id in self.states})
+        return self.said[-1]
 
 
-async def settle(rounds: int = 20) -> None:
+async def settle(rounds: int = 40) -> None:
     """Lets every task that can run do so."""
     for _ in range(rounds):
         await asyncio.sleep(0)

@@ -1,22 +1,26 @@
-"""A running batcher with its fakes."""
+"""A running batcher with its fakes, and the judge of everything that it did."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from harness.provider.batch import RFC9162, PendingQuote, TreeBuilder
-from harness.provider.batcher import Answer, Batcher, BatchReport, Surroundings
-from tests.support.answers import verify_answer
+from harness.errors import HarnessError
+from harness.provider.batch import RFC9162, Answer, PendingQuote, SealedBatch, TreeBuilder
+from harness.provider.batcher import Batcher, BatchReport, Surroundings
+from harness.values import AgentId
+from tests.support.answers import AnswerChecker
 from tests.support.batching import WAIT_S, FakeQuoter, FakeResidency
 from tests.support.manual_clock import ManualClock
 from tests.support.pendings import a_request
 from tests.support.soft_tpm import SoftTpm
 
 RESIDENCY_S = 2.0
+_MOST_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +44,28 @@ class Bench:
     residency: FakeResidency
     clock: ManualClock
     owner: asyncio.Task[None]
+    checker: AnswerChecker
     residency_s: float = RESIDENCY_S
     reports: list[BatchReport] = field(default_factory=list)
-    tasks: list[asyncio.Task[Answer]] = field(default_factory=list)
+    submitted: list[tuple[asyncio.Task[Answer], PendingQuote]] = field(default_factory=list)
+    delivered: list[tuple[Answer | HarnessError, PendingQuote]] = field(default_factory=list)
+    vtpm_eks: dict[str, dict[AgentId, bytes]] = field(default_factory=dict)  # by batch: what its check said
+
+    @property
+    def tasks(self) -> list[asyncio.Task[Answer]]:
+        return [task for task, _ in self.submitted]
 
     def submit(self, pending: PendingQuote) -> asyncio.Task[Answer]:
         task = asyncio.create_task(self.batcher.submit(pending))
-        self.tasks.append(task)
+        self.submitted.append((task, pending))
         return task
+
+    def enter(self, pending: PendingQuote) -> None:
+        """Like `submit`, without a task: the outcome is in ``delivered``."""
+        try:
+            self.batcher.enter(pending, lambda outcome: self.delivered.append((outcome, pending)))
+        except HarnessError as error:
+            self.delivered.append((error, pending))
 
     async def in_flight(self, pending: PendingQuote | None = None) -> asyncio.Task[Answer]:
         """One request, whose quote has reached the TPM and stops there."""
@@ -56,32 +74,89 @@ class Bench:
         await self.quoter.arrival(len(self.quoter.batches) + 1)
         return task
 
+    def sealed(self, batch: SealedBatch) -> None:
+        """Called when the quote is asked for: what was said of the guests counts for this batch."""
+        said = self.residency.said[-1] if self.residency.said else {}
+        self.vtpm_eks[batch.id] = {agent_id: state for agent_id, state in said.items() if isinstance(state, bytes)}
+
     def verify(self, task: asyncio.Task[Answer], pending: PendingQuote) -> None:
-        eks = {key: value for key, value in self.residency.states.items() if isinstance(value, bytes)}
-        verify_answer(task.result(), pending, self.quoter.tpm.ak, eks)
+        answer = task.result()
+        self.checker.check(answer, pending, self.vtpm_eks[answer.shared.batch_id])
+
+    def judge(self, limit: int) -> None:
+        """Asserts what holds in every test, when everything has ended.
+
+        1. Nobody is left waiting, and what each got is an answer or a typed error.
+        2. Every answer that was delivered verifies for its request, and shows no PCR outside its tenant's allowlist.
+        3. Nor would an answer of a batch have done so to a member that left: every union is inside every allowlist.
+        4. Trees are filled to a power of two of at least 16, within the builder's limit.
+        5. Each batch was reported once; no more waits are reported than there are members.
+        """
+        assert self.batcher.waiting == 0, "somebody is left waiting"
+        outcomes = list(self.delivered)
+        for task, pending in self.submitted:
+            assert task.done()
+            if not task.cancelled():
+                error = task.exception()
+                assert error is None or isinstance(error, HarnessError), repr(error)
+                outcomes.append((error or task.result(), pending))
+        for outcome, pending in outcomes:
+            if isinstance(outcome, Answer):
+                self.checker.check(outcome, pending, self.vtpm_eks[outcome.shared.batch_id])
+        for batch in self.quoter.batches:
+            assert all(batch.selection.within(member.pending.allowlist) for member in batch.members)
+            assert batch.tree.size == 1 << (batch.tree.size - 1).bit_length()
+            assert 16 <= batch.tree.size <= max(16, limit)
+        reported = [report.batch_id for report in self.reports if report.batch_id]
+        assert reported == [batch.id for batch in self.quoter.batches][: len(reported)]
+        assert all(len(report.waits_s) <= report.requests for report in self.reports)
+
+
+class NewBench(Protocol):
+    """`bench`, with random numbers that follow from the seed of the test."""
+
+    def __call__(
+        self, *, builder: TreeBuilder = RFC9162, answer_s: float = 30.0, bounds: Bounds = ...
+    ) -> AbstractAsyncContextManager[Bench]: ...
 
 
 @asynccontextmanager
 async def bench(
     *,
     builder: TreeBuilder = RFC9162,
-    seed: random.Random | None = None,
+    rng: random.Random | None = None,
     answer_s: float = 30.0,
     bounds: Bounds = Bounds(),
 ) -> AsyncIterator[Bench]:
-    """A running batcher. Afterwards no call of submit may still wait."""
-    quoter, residency, clock = FakeQuoter(SoftTpm()), FakeResidency(), ManualClock()
+    """A running batcher. Afterwards no call of submit may still wait, and everything is judged.
+
+    With ``rng`` the fakes take a random number of turns of the loop where they take no time.
+    """
+
+    def turns() -> int:
+        return 0 if rng is None else rng.randint(0, _MOST_TURNS)
+
+    quoter, residency, clock = FakeQuoter(SoftTpm(), turns=turns), FakeResidency(turns=turns), ManualClock()
     reports: list[BatchReport] = []
     around = Surroundings(
         clock=clock,
-        rng=seed or random.SystemRandom(),
+        rng=rng or random.SystemRandom(),
         observe=reports.append,
         residency_s=RESIDENCY_S,
         answer_s=answer_s,
     )
     batcher = Batcher(quoter, residency, bounds, builder=builder, surroundings=around)
     owner = asyncio.create_task(batcher.run())
-    made = Bench(batcher=batcher, quoter=quoter, residency=residency, clock=clock, owner=owner, reports=reports)
+    made = Bench(
+        batcher=batcher,
+        quoter=quoter,
+        residency=residency,
+        clock=clock,
+        owner=owner,
+        checker=AnswerChecker(quoter.tpm.ak),
+        reports=reports,
+    )
+    quoter.asked = made.sealed
     try:
         yield made
     finally:
@@ -90,6 +165,7 @@ async def bench(
         residency.gate.set()
         async with asyncio.timeout(WAIT_S):
             await asyncio.gather(owner, *made.tasks, return_exceptions=True)
+    made.judge(builder.limit)
 
 
 def errors_of(tasks: list[asyncio.Task[Answer]]) -> list[type[BaseException] | None]:
