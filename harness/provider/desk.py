@@ -17,8 +17,8 @@ import base64
 from collections.abc import Mapping
 
 from harness.errors import MalformedMessage, PoolFull
-from harness.provider.batch import PendingQuote
-from harness.provider.batcher import Answer, Batcher
+from harness.provider.batch import Deliver, PendingQuote, Waiter
+from harness.provider.batcher import Batcher
 from harness.provider.keys import HostKeys
 from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, Order
 
@@ -41,18 +41,21 @@ class Desk:
         self._enrolling = asyncio.Lock()
         self._enrolments = 0
 
-    async def quote(self, pending: PendingQuote) -> Answer:
-        """Answer to a request for a quote; raises what `Batcher.submit` raises.
+    def enter(self, pending: PendingQuote, deliver: Deliver) -> Waiter:
+        """Lets a request for a quote wait; see `Batcher.enter`.
 
         Raises:
             MalformedMessage: its bank is not allocated in this TPM.
-
-        *Cancellation:* as in `Batcher.submit`.
+            HarnessError: what `Batcher.enter` raises.
         """
         bank = pending.request.bank
         if bank not in self._keys.identity.banks:
             raise MalformedMessage(f"bank {bank.text} is not allocated in this host's TPM")
-        return await self._batcher.submit(pending)
+        return self._batcher.enter(pending, deliver)
+
+    def leave(self, waiter: Waiter) -> None:
+        """Takes a request back; see `Batcher.leave`."""
+        self._batcher.leave(waiter)
 
     async def enrol(self, order: Order) -> Mapping[str, object]:
         """Answer to an order of enrolment.

@@ -15,13 +15,15 @@ Spec: DESIGN 4; docs/protocol.md, stream.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge
 from harness.messages import compact, encode_shared, proof_text
 from harness.metrics import OTHER, Metrics
-from harness.provider.batch import PendingQuote
-from harness.provider.batcher import Answer, SharedAnswer
+from harness.provider.batch import Answer, Deliver, Outcome, PendingQuote, SharedAnswer, Waiter
+from harness.provider.outbox import Outbox
 from harness.provider.stream import (
     ORDER_LIMIT,
     ActivateOrder,
@@ -39,15 +41,24 @@ from harness.provider.stream import (
 from harness.provider.stream_answers import ANSWER_LIMIT, encode_batch, encode_error, encode_result
 
 FLUSH_S = 0.5
+_QUOTE = "stream quote"
 _CALLS: Mapping[type, str] = {
-    QuoteOrder: "stream quote",
     IdentityOrder: "stream identity",
     ActivateOrder: "stream activate",
     CertifyOrder: "stream certify",
 }
 
 
-Quotes = Callable[[PendingQuote], Awaitable[Answer]]
+class Quotes(Protocol):
+    """Who answers requests for a quote: `desk.Desk`, and behind it `batcher.Batcher`."""
+
+    def enter(self, pending: PendingQuote, deliver: Deliver) -> Waiter:
+        """Lets a request wait; its outcome is delivered once, later. Raises a HarnessError where it may not."""
+
+    def leave(self, waiter: Waiter) -> None:
+        """Takes it back: nothing is delivered any more."""
+
+
 Others = Callable[[Order], Awaitable[Mapping[str, object]]]
 Outgoing = tuple[int, Answer | Mapping[str, object] | HarnessError]
 
@@ -67,8 +78,9 @@ class StreamSession:
         self._quotes = quotes
         self._others = others
         self._metrics = metrics or Metrics("host-agent")
-        self._running: dict[int, asyncio.Task[None]] = {}
-        self._outbox: asyncio.Queue[Outgoing | None] = asyncio.Queue()  # None: the last one has been put
+        self._waiters: dict[int, tuple[Waiter, float]] = {}  # with the moment in which the order came
+        self._running: dict[int, asyncio.Task[None]] = {}  # orders of enrolment
+        self._outbox: Outbox[Outgoing | None] = Outbox()  # None: the last one has been put
 
     async def serve(self) -> None:
         """Serves until the peer closes, `stop` was called, or the connection is gone.
@@ -78,7 +90,7 @@ class StreamSession:
             MessageTooLarge: a frame above its limit; likewise.
             TransportError: the connection is gone.
 
-        *Cancellation:* everything that this connection waits for is cancelled.
+        *Cancellation:* everything that this connection waits for is taken back.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -88,15 +100,20 @@ class StreamSession:
                     task.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
+        finally:
+            for number in list(self._waiters):
+                self._take_back(number)
 
     async def stop(self) -> None:
-        """Ends `serve` when the orders in work are answered, and after `FLUSH_S` in any case.
+        """Ends `serve` when the orders of enrolment in work are answered, and after `FLUSH_S` in any case.
+
+        Requests for a quote are not waited for: whoever answers them has stopped, and so released them, before.
 
         *Cancellation:* the session goes on.
         """
         if self._running:
             await asyncio.wait(self._running.values(), timeout=FLUSH_S)
-        self._outbox.put_nowait(None)
+        self._outbox.put(None)
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         while (text := await self._channel.receive()) is not None:
@@ -109,34 +126,61 @@ class StreamSession:
             order = parse_order(members)
         except (MalformedMessage, MessageTooLarge) as error:
             self._metrics.ended(f"stream {OTHER}", 0.0, error)
-            self._outbox.put_nowait((number, error))
+            self._outbox.put((number, error))
             return
-        running = self._running.get(number)
         if isinstance(order, CancelOrder):
-            if running is not None:
-                running.cancel()
-        elif running is not None:
+            self._cancel(number)
+        elif number in self._waiters or number in self._running:
             raise MalformedMessage(f"order {number} is still in work")
+        elif isinstance(order, QuoteOrder):
+            self._let_wait(number, order.pending)
         else:
             task = self._running[number] = tasks.create_task(self._work(number, order))
             task.add_done_callback(lambda _, number=number: self._running.pop(number))  # type: ignore[misc]
 
+    # --- requests for a quote: no task of their own ---------------------------------------------------------------
+
+    def _let_wait(self, number: int, pending: PendingQuote) -> None:
+        begun_s = time.perf_counter()
+
+        def deliver(outcome: Outcome) -> None:
+            self._waiters.pop(number, None)
+            error = outcome if isinstance(outcome, HarnessError) else None
+            self._metrics.ended(_QUOTE, time.perf_counter() - begun_s, error)
+            self._outbox.put((number, outcome))
+
+        try:
+            self._waiters[number] = (self._quotes.enter(pending, deliver), begun_s)
+        except HarnessError as error:
+            deliver(error)
+
+    def _take_back(self, number: int) -> None:
+        waiter, begun_s = self._waiters.pop(number)
+        self._quotes.leave(waiter)
+        self._metrics.ended(_QUOTE, time.perf_counter() - begun_s, asyncio.CancelledError())
+
+    def _cancel(self, number: int) -> None:
+        if number in self._waiters:
+            self._take_back(number)
+        elif number in self._running:
+            self._running[number].cancel()
+
+    # --- orders of enrolment --------------------------------------------------------------------------------------
+
     async def _work(self, number: int, order: Order) -> None:
         try:
             with self._metrics.call(_CALLS[type(order)]):
-                answer: Answer | Mapping[str, object] = (
-                    await self._quotes(order.pending) if isinstance(order, QuoteOrder) else await self._others(order)
-                )
-            self._outbox.put_nowait((number, answer))
+                answer = await self._others(order)
+            self._outbox.put((number, answer))
         except HarnessError as error:
-            self._outbox.put_nowait((number, error))
+            self._outbox.put((number, error))
+
+    # --- answers --------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
         texts = _SharedTexts()
         while True:
-            outgoing = [await self._outbox.get()]
-            while not self._outbox.empty():  # a batch releases its waiters in one step of the loop
-                outgoing.append(self._outbox.get_nowait())
+            outgoing = await self._outbox.take()
             lines = answer_lines([answer for answer in outgoing if answer is not None], texts.of)
             for frame in frames_of(lines, ANSWER_LIMIT):
                 await self._channel.send(frame)

@@ -116,7 +116,7 @@ class Quoting:
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         channel, response = await accept_channel(request)
         peer = peer_of(request)
-        session = StreamSession(channel, self._desk.quote, self._desk.enrol, self._metrics)
+        session = StreamSession(channel, self._desk, self._desk.enrol, self._metrics)
         self._sessions.add(session)
         events.emit("stream_opened", peer=peer.name, authority=peer.authority)
         try:

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from harness.errors import HarnessError, MalformedMessage, MessageTooLarge, TransportError
-from harness.provider.batch import PendingQuote
-from harness.provider.batcher import Answer
+from harness.provider.batch import Deliver, PendingQuote, Waiter
 from harness.provider.stream import (
     ORDER_LIMIT,
     IdentityOrder,
@@ -35,8 +34,14 @@ def start(call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     return asyncio.create_task(call)
 
 
-async def never(pending: PendingQuote) -> Answer:
-    raise AssertionError(f"{pending} was not to be quoted")
+class Never:
+    """Nobody asks it for a quote."""
+
+    def enter(self, pending: PendingQuote, deliver: Deliver) -> Waiter:
+        raise AssertionError(f"{pending} was not to be quoted")
+
+    def leave(self, waiter: Waiter) -> None:
+        raise AssertionError(f"{waiter} never entered")
 
 
 async def forever(order: Order) -> Mapping[str, object]:
@@ -47,7 +52,7 @@ async def forever(order: Order) -> Mapping[str, object]:
 async def test_a_malformed_order_is_answered_under_its_id() -> None:
     """And the connection goes on."""
     near, far = pipe()
-    session = start(StreamSession(far, never, forever).serve())
+    session = start(StreamSession(far, Never(), forever).serve())
     await near.send(json.dumps({"id": 4, "op": "quote", "root": "00" * 32}))
     async with asyncio.timeout(WAIT_S):
         frame = json.loads(await near.receive() or "")
@@ -70,7 +75,7 @@ async def test_a_malformed_order_is_answered_under_its_id() -> None:
 async def test_what_cannot_be_answered_ends_the_connection(texts: list[str], error: type[HarnessError]) -> None:
     """With its error, and without a task left behind."""
     near, far = pipe()
-    session = start(StreamSession(far, never, forever).serve())
+    session = start(StreamSession(far, Never(), forever).serve())
     for text in texts:
         await near.send(text)
     await asyncio.wait([session], timeout=WAIT_S)
@@ -84,7 +89,7 @@ async def test_a_fault_of_ours_ends_the_connection_and_nobody_waits() -> None:
     async def broken(order: Order) -> Mapping[str, object]:
         raise ZeroDivisionError(order)
 
-    session = start(StreamSession(far, never, broken).serve())
+    session = start(StreamSession(far, Never(), broken).serve())
     await near.send(encode_order(1, IdentityOrder()))
     await asyncio.wait([session], timeout=WAIT_S)
     assert isinstance(session.exception(), ZeroDivisionError)
@@ -93,7 +98,7 @@ async def test_a_fault_of_ours_ends_the_connection_and_nobody_waits() -> None:
 async def test_a_reader_that_is_gone_ends_the_session() -> None:
     """Answers that nobody takes do not pile up."""
     near, far = pipe()
-    session = start(StreamSession(far, never, forever).serve())
+    session = start(StreamSession(far, Never(), forever).serve())
     await settle()
     near.cut()
     await asyncio.wait([session], timeout=WAIT_S)
@@ -104,7 +109,7 @@ async def test_a_batch_leaves_in_frames_that_fit_and_its_shared_part_is_encoded_
     """2,500 waiters of one batch: all of them are answered, each once, by the same text."""
     async with bench() as made:
         near, far = pipe()
-        session = start(StreamSession(far, made.batcher.submit, forever).serve())
+        session = start(StreamSession(far, made.batcher, forever).serve())
         early = await made.in_flight()
         orders = [QuoteOrder(pending=a_request(f"t{number // 1000}")) for number in range(2500)]
         for frame in frames_of([encode_order(number, order) for number, order in enumerate(orders)], ORDER_LIMIT):
@@ -128,7 +133,7 @@ async def test_orders_of_one_frame_are_each_answered_or_refused() -> None:
     """One that is malformed keeps no other from being carried out."""
     async with bench() as made:
         near, far = pipe()
-        session = start(StreamSession(far, made.batcher.submit, forever).serve())
+        session = start(StreamSession(far, made.batcher, forever).serve())
         good = [encode_order(number, QuoteOrder(pending=a_request())) for number in (1, 3)]
         await near.send("\n".join([good[0], '{"id":2,"op":"sign"}', good[1]]))
         answered: dict[int, bool] = {}
@@ -147,7 +152,7 @@ async def test_stopping_sends_the_last_answers_first() -> None:
     """Waiters that the stop releases still learn why; then the session ends."""
     async with bench() as made:
         near, far = pipe()
-        session = StreamSession(far, made.batcher.submit, forever)
+        session = StreamSession(far, made.batcher, forever)
         task = start(session.serve())
         made.quoter.hold()
         await near.send(encode_order(1, QuoteOrder(pending=a_request())))
@@ -162,7 +167,7 @@ async def test_stopping_sends_the_last_answers_first() -> None:
 async def test_stopping_does_not_wait_for_an_order_that_hangs() -> None:
     """The session ends within its bound."""
     near, far = pipe()
-    session = StreamSession(far, never, forever)
+    session = StreamSession(far, Never(), forever)
     task = start(session.serve())
     await near.send(encode_order(1, IdentityOrder()))
     await settle()

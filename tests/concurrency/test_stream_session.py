@@ -57,7 +57,7 @@ class Network:
             raise PeerUnreachable("connection refused")
         near, far = pipe()
         self.ends.append(near)
-        session = StreamSession(far, self.bench.batcher.submit, self.others)
+        session = StreamSession(far, self.bench.batcher, self.others)
         self.sessions.append(asyncio.create_task(session.serve()))
         try:
             yield near
