@@ -22,8 +22,10 @@ from aiohttp import web
 
 from harness import events
 from harness.config import ProviderRegistrarSettings
+from harness.enrolment_metrics import GUEST, Enrolments
 from harness.errors import AccessDenied, EnrolmentError, MalformedMessage, StoreError
 from harness.health import Health, check_database
+from harness.metrics import Metrics
 from harness.pki import Role
 from harness.provider.authorities import TenantAuthorities
 from harness.provider.hosts_store import HostStore
@@ -50,13 +52,15 @@ class Registrar:
         store: tenants and guests.
         hosts: hosts.
         changed: set after a change of the tenants, which the server must follow at once.
+        metrics: of the service.
     """
 
-    def __init__(self, store: RegistrarStore, hosts: HostStore, changed: asyncio.Event) -> None:
+    def __init__(self, store: RegistrarStore, hosts: HostStore, changed: asyncio.Event, metrics: Metrics) -> None:
         self._store = store
         self._hosts = hosts
         self._challenges: OpenChallenges[GuestContact] = OpenChallenges()
         self._replacements = Replacements()
+        self._counted = Enrolments(metrics, GUEST)
         self._operator = OperatorCalls(
             store, hosts, self._replacements, changed=changed, forget=self._challenges.forget
         )
@@ -108,6 +112,10 @@ class Registrar:
         )
 
     async def _register(self, request: web.Request) -> object:
+        with self._counted.step(GUEST, last=False):
+            return await self._challenge(request)
+
+    async def _challenge(self, request: web.Request) -> object:
         agent_id, tenant = _agent_id(request), peer_of(request).authority
         asked = parse_registration(await read_json(request))
         contact = GuestContact(
@@ -133,6 +141,10 @@ class Registrar:
         return {"blob": base64.b64encode(blob).decode()}
 
     async def _activate(self, request: web.Request) -> object:
+        with self._counted.step(GUEST, last=True):
+            return await self._answered(request)
+
+    async def _answered(self, request: web.Request) -> object:
         agent_id, tenant = _agent_id(request), peer_of(request).authority
         auth_tag = parse_auth_tag(await read_json(request))
         await self._store.check_owner(agent_id, tenant)  # first: nobody burns another tenant's challenge
@@ -180,11 +192,19 @@ class ProviderRegistrar:
             changed = asyncio.Event()
             changed.set()
             records = RegistrarStore(store)
-            registrar = Registrar(records, HostStore(store), changed)
+            metrics = Metrics("provider-registrar")
+            registrar = Registrar(records, HostStore(store), changed, metrics)
             identities = identities_of(settings.tls)
             health = Health()
             health.check("database", lambda: check_database(store))
-            app = application("provider-registrar", registrar.routes, identities, health=health, audit=records.keep)
+            app = application(
+                "provider-registrar",
+                registrar.routes,
+                identities,
+                health=health,
+                audit=records.keep,
+                metrics=metrics,
+            )
             async with serve(app, settings.tls, sock or settings.listen) as server:
                 authorities = TenantAuthorities(identities, server.context)
                 authorities.follow(await records.authorities())

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from harness import events
+from harness.enrolment_metrics import GUEST, Enrolments
 from harness.errors import AccessDenied, EnrolmentError, NotFound
+from harness.metrics import Metrics
 from harness.pki import Role
 from harness.registration import NOT_REGISTERED, parse_auth_tag, parse_registration, registration_view
 from harness.tenant.enrolment_alarms import EnrolmentAlarms
@@ -38,12 +40,14 @@ class GuestRegistration:
     Args:
         store: what is pinned.
         alarms: told about refusals.
+        counted: by outcome.
     """
 
-    def __init__(self, store: RegistrarStore, alarms: EnrolmentAlarms) -> None:
+    def __init__(self, store: RegistrarStore, alarms: EnrolmentAlarms, counted: Enrolments | None = None) -> None:
         self._store = store
         self._guests = GuestEnroller(store)
         self._refused = Refusals(alarms)
+        self._counted = counted or Enrolments(Metrics("tenant-registrar"), GUEST)
 
     @property
     def routes(self) -> list[Route]:
@@ -96,6 +100,10 @@ class GuestRegistration:
         return registration_view(ek=keys.ek, ak=keys.ak, mtls_cert=keys.mtls_cert, ip=keys.ip, port=keys.port)
 
     async def _register(self, request: web.Request) -> object:
+        with self._counted.step(GUEST, last=False):
+            return await self._challenge(request)
+
+    async def _challenge(self, request: web.Request) -> object:
         agent_id = _own_agent_id(request)
         await self._store.guest(agent_id)
         try:
@@ -115,6 +123,10 @@ class GuestRegistration:
         return {"blob": _base64(blob)}
 
     async def _activate(self, request: web.Request) -> object:
+        with self._counted.step(GUEST, last=True):
+            return await self._answered(request)
+
+    async def _answered(self, request: web.Request) -> object:
         agent_id = _own_agent_id(request)
         auth_tag = parse_auth_tag(await read_json(request))
         await self._store.guest(agent_id)

@@ -19,7 +19,9 @@ from typing import Protocol
 
 from harness import events
 from harness.audit import AuditEntry
+from harness.enrolment_metrics import HOST, Enrolments
 from harness.errors import EnrolmentError, HarnessError, NotFound, ShareExhausted, StoreError
+from harness.metrics import Metrics
 from harness.tenant.enrolment import EnrolledHost, HostAccess, HostEnroller
 from harness.tenant.enrolment_alarms import EnrolmentAlarms
 from harness.tenant.registrar_store import PinnedHost, RegistrarStore
@@ -46,6 +48,7 @@ class HostIntake:
         alarms: told about refusals.
         connect: to provider verifiers.
         sleep: waits; tests give their own.
+        counted: by outcome.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class HostIntake:
         connect: Connect,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        counted: Enrolments | None = None,
     ) -> None:
         self._store = store
         self._enroller = enroller
         self._alarms = alarms
         self._connect = connect
         self._sleep = sleep
+        self._counted = counted or Enrolments(Metrics("tenant-registrar"), HOST)
 
     async def add(self, url: str, named: HostId | None, act: Callable[[HostId], AuditEntry]) -> list[PinnedHost]:
         """Enrols one host, or all that the provider lists for this tenant.
@@ -86,8 +91,9 @@ class HostIntake:
             known = {host.host_id for host in await self._store.hosts()}
             for host_id in sorted(ids, key=lambda each: each in known):
                 try:
-                    enrolled = await self._enrol(url, host_id, access, patient=True)
-                    pinned[host_id] = await self._pin(enrolled, act(host_id))
+                    with self._counted.step(HOST, last=True):
+                        enrolled = await self._enrol(url, host_id, access, patient=True)
+                        pinned[host_id] = await self._pin(enrolled, act(host_id))
                 except StoreError:
                     raise
                 except HarnessError as error:
@@ -109,13 +115,14 @@ class HostIntake:
         *Cancellation:* the keys are the old or the new ones.
         """
         url = (await self._store.host(host_id)).url
-        async with self._connect(url) as access:
-            enrolled = await self._enrol(url, host_id, access, patient=False)
-        try:
-            replaced = await self._store.replace_host(enrolled, act)
-        except EnrolmentError as error:
-            await self._refused(host_id, error)
-            raise
+        with self._counted.step(HOST, last=True):
+            async with self._connect(url) as access:
+                enrolled = await self._enrol(url, host_id, access, patient=False)
+            try:
+                replaced = await self._store.replace_host(enrolled, act)
+            except EnrolmentError as error:
+                await self._refused(host_id, error)
+                raise
         events.emit("host_enrolled", host_id=str(host_id), url=url, again=True)
         return replaced
 

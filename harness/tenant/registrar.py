@@ -26,8 +26,10 @@ from harness import events
 from harness.audit import parse_reason
 from harness.audit_routes import act, query_reason
 from harness.config import TenantRegistrarSettings, TlsSettings
+from harness.enrolment_metrics import GUEST, HOST, Enrolments
 from harness.errors import MalformedMessage
 from harness.health import Health, check_database
+from harness.metrics import Metrics
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.store import Store, open_store
@@ -66,6 +68,7 @@ class Registrar:
         alarms: for the operator.
         hosts: takes hosts through enrolment.
         connect: to provider verifiers.
+        metrics: of the service.
         now: seconds since the epoch.
     """
 
@@ -75,14 +78,16 @@ class Registrar:
         alarms: AlarmStore,
         hosts: HostEnroller,
         connect: Connect,
+        metrics: Metrics,
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
         told = EnrolmentAlarms(alarms, now=now)
         self._store = store
         self._alarms = alarms
-        self._hosts = HostIntake(store, hosts, told, connect)
-        self._guests = GuestRegistration(store, told)
+        counted = Enrolments(metrics, HOST, GUEST)
+        self._hosts = HostIntake(store, hosts, told, connect, counted=counted)
+        self._guests = GuestRegistration(store, told, counted)
         self._now = now
 
     @property
@@ -257,13 +262,21 @@ class TenantRegistrar:
         try:
             async with asyncio.TaskGroup() as group:
                 alarms = AlarmStore(store)
-                routes = self._registrar(store, alarms).routes
+                metrics = Metrics("tenant-registrar")
+                routes = self._registrar(store, alarms, metrics).routes
                 if receivers:
                     notifier = Notifier(NoticeStore(store), receivers, SystemClock(), Chance(), alarms.alarmed)
                     group.create_task(notifier.run(), name="notifier")
                 health = Health()
                 health.check("database", lambda: check_database(store))
-                app = application("tenant-registrar", routes, identities_of(own_tls), health=health, audit=alarms.keep)
+                app = application(
+                    "tenant-registrar",
+                    routes,
+                    identities_of(own_tls),
+                    health=health,
+                    audit=alarms.keep,
+                    metrics=metrics,
+                )
                 async with serve(app, own_tls, sock or settings.listen) as server:
                     events.emit("ready", url=server.url, tenant=settings.tenant)
                     await asyncio.Event().wait()
@@ -272,7 +285,7 @@ class TenantRegistrar:
         finally:
             await store.close()
 
-    def _registrar(self, store: Store, alarms: AlarmStore) -> Registrar:
+    def _registrar(self, store: Store, alarms: AlarmStore, metrics: Metrics) -> Registrar:
         settings = self._settings
         roots = [load_certificate(path) for path in settings.vendor_roots]
         requester = certificate_requester(load_certificate(settings.tls.certificate))
@@ -281,4 +294,5 @@ class TenantRegistrar:
             alarms,
             HostEnroller(roots, requester, Challenges()),
             over_tls(without_authority(settings.tls, settings.tenant)),
+            metrics,
         )

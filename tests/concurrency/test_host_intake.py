@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.audit import AuditEntry
+from harness.enrolment_metrics import HOST, Enrolments
 from harness.errors import ChallengeFailed, HarnessError, NotReady, ShareExhausted, UnacceptableKey
+from harness.metrics import Metrics
 from harness.store import Store, open_store
 from harness.tenant.alarms_store import AlarmStore
 from harness.tenant.challenges import PER_MINUTE, Challenges
@@ -21,6 +23,7 @@ from harness.tenant.registrar_store import RegistrarStore
 from harness.tenant.tables import SCHEMA, Base
 from harness.values import HostId
 from tests.support.enrolment_parties import NOW, SoftHost, Vendor
+from tests.support.figures import figures
 
 REQUESTER = hashlib.sha256(b"registrar").digest()
 URL = "https://provider"
@@ -77,7 +80,15 @@ class Site:
             now=lambda: NOW,
         )
         alarms = EnrolmentAlarms(self.alarms, now=lambda: 1.0)
-        self.intake = HostIntake(self.store, enroller, alarms, self._connect, sleep=self._sleep)
+        self.metrics = Metrics("tenant-registrar")
+        self.intake = HostIntake(
+            self.store,
+            enroller,
+            alarms,
+            self._connect,
+            sleep=self._sleep,
+            counted=Enrolments(self.metrics, HOST),
+        )
 
     @asynccontextmanager
     async def _connect(self, url: str) -> AsyncIterator[Provider]:
@@ -86,6 +97,9 @@ class Site:
 
     async def _sleep(self, seconds: float) -> None:
         self.time += seconds
+
+    def enrolments(self, **labels: str) -> float:
+        return figures(self.metrics).sum("harness_enrolments_total", kind="host", **labels)
 
     async def add(self, named: HostId | None = None) -> list[HostId]:
         return [host.host_id for host in await self.intake.add(URL, named, entry)]
@@ -113,6 +127,7 @@ async def test_twelve_hosts_are_enrolled_with_one_call(site: Site) -> None:
     assert await site.add() == site.provider.ids
     assert await site.pinned() == site.provider.ids
     assert site.time == pytest.approx(60.0 * (HOSTS // PER_MINUTE - 1), abs=1.0)
+    assert site.enrolments(outcome="enrolled") == site.enrolments() == HOSTS
     assert sorted(entry.subject for entry in await site.alarms.audit()) == [str(each) for each in site.provider.ids]
 
 
@@ -121,6 +136,7 @@ async def test_a_provider_that_says_later_is_asked_again_when_it_said(site: Site
     site.provider.refusals[site.provider.ids[3]] = [ShareExhausted("six in work", retry_after_s=7.0)] * 2
     assert await site.add() == site.provider.ids
     assert await site.alarms.alarms() == []
+    assert site.enrolments(outcome="enrolled") == site.enrolments() == HOSTS
 
 
 async def test_a_host_that_is_refused_keeps_no_other_out(site: Site) -> None:
@@ -134,6 +150,8 @@ async def test_a_host_that_is_refused_keeps_no_other_out(site: Site) -> None:
     assert [(record.alarm.kind, record.alarm.host_id) for record in await site.alarms.alarms()] == [
         ("UnacceptableKey", str(bad))
     ]
+    assert site.enrolments(outcome="refused", reason="UnacceptableKey") == 1
+    assert site.enrolments(outcome="enrolled") == HOSTS - 1
     host.identity_changes = {}
     site.provider.asked.clear()
     assert await site.add() == site.provider.ids
@@ -149,4 +167,6 @@ async def test_a_host_that_is_off_is_not_waited_for(site: Site, refusal: Harness
         await site.add()
     assert await site.pinned() == [each for each in site.provider.ids if each != off]
     assert await site.alarms.alarms() == []
+    assert site.enrolments(outcome="refused", reason=type(refusal).__name__) == 1
     assert await site.add(off) == [off]
+    assert site.enrolments(outcome="enrolled") == HOSTS
