@@ -40,17 +40,17 @@ class Loader:
     async def __aenter__(self) -> Loader:
         path = self._order.result.with_suffix(".order")
         await asyncio.to_thread(write, self._order, path)
-        self._process = await _started("harness.bench_load", path)
+        self._process = await started("harness.bench_load", path)
         try:
             await self._said("ready", _OPEN_S)
         except BaseException:
-            await _ended(self._process)
+            await ended(self._process)
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._process is not None:
-            await _ended(self._process)
+            await ended(self._process)
 
     def go(self) -> None:
         """Lets it begin."""
@@ -97,7 +97,7 @@ class Loader:
 
     async def _said(self, word: str, within_s: float) -> None:
         process = self._running()
-        line = await _line(process, within_s)
+        line = await said_line(process, within_s)
         if line != word:
             raise SimulationError(f"the load generator did not get {word}: it ended with code {await process.wait()}")
 
@@ -136,16 +136,16 @@ class BareServer:
     async def __aenter__(self) -> BareServer:
         path = self._folder / "bare.json"
         path.write_text(self._settings.model_dump_json(), encoding="utf-8")
-        self._process = await _started("harness.bench_bare", path)
+        self._process = await started("harness.bench_bare", path)
         try:
-            self.port = _port(await _line(self._process, _OPEN_S))
+            self.port = _port(await said_line(self._process, _OPEN_S))
         except BaseException:
-            await _ended(self._process)
+            await ended(self._process)
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await _ended(self._process)
+        await ended(self._process)
 
     @property
     def pid(self) -> int:
@@ -163,16 +163,24 @@ def _port(said: str) -> int:
     return int(said)
 
 
-async def _started(module: str, argument: Path) -> asyncio.subprocess.Process:
+async def started(module: str, *arguments: str | Path) -> asyncio.subprocess.Process:
+    """Starts a module as a process of its own, with pipes to speak through. *Cancellation:* it may have started."""
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", module, str(argument)),
+        *(sys.executable, "-P", "-m", module, *map(str, arguments)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE,
     )
 
 
-async def _line(process: asyncio.subprocess.Process, within_s: float) -> str:
+async def said_line(process: asyncio.subprocess.Process, within_s: float) -> str:
+    """What a process says next; empty when it ended.
+
+    Raises:
+        SimulationError: it said nothing in time.
+
+    *Cancellation:* the line is lost.
+    """
     if process.stdout is None:
         raise RuntimeError("the process was started with a pipe")
     try:
@@ -182,7 +190,8 @@ async def _line(process: asyncio.subprocess.Process, within_s: float) -> str:
         raise SimulationError(f"a process of the benchmark said nothing within {within_s:g} s") from error
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
+async def ended(process: asyncio.subprocess.Process) -> None:
+    """Ends a process, by force if it must be. *Cancellation:* it may still run."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):

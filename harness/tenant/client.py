@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography import x509
 
+from harness import prefer
 from harness.config import TlsSettings
 from harness.errors import ConfigError, MalformedEvidence, MalformedMessage, ProtocolError
 from harness.keylime_wire import parse_quote
@@ -35,8 +36,6 @@ from harness.values import AgentId, ClockBaseline, HashAlg, HostId, PcrSelection
 AGENT_API = "v2.1"
 """The oldest version that every agent speaks; nothing newer is needed."""
 _MOST_CERTIFICATES = 8
-_LONGEST_WAIT_S = 30
-"""Longer than any attempt lasts (DESIGN 3.5)."""
 
 
 class ProviderClient:
@@ -53,7 +52,7 @@ class ProviderClient:
         """See `harness.tenant.ports.ProviderPort`."""
         query = verifier_query(VerifierQuery(request=request, host_id=None))
         with _as_evidence():
-            return await self._peer.get("/v1/verifier", query, headers={"Prefer": f"wait={_whole_wait_s(wait_s)}"})
+            return await self._peer.get("/v1/verifier", query, headers={prefer.HEADER: prefer.prefer_wait(wait_s)})
 
     async def hosts(self) -> list[HostId]:
         """Hosts on which this tenant has an allowlist.
@@ -225,11 +224,6 @@ def parse_pem(pem: str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem.encode("ascii", "replace"))
     except ValueError as error:
         raise MalformedMessage("mtls_cert is not a certificate in PEM") from error
-
-
-def _whole_wait_s(wait_s: float) -> int:
-    """Seconds of ``Prefer: wait`` (RFC 7240, 4.3): whole ones, so that whoever is asked never waits too long."""
-    return min(max(int(wait_s), 1), _LONGEST_WAIT_S)
 
 
 @contextmanager
