@@ -7,7 +7,7 @@ Invariants:
     1. A waiter is expired not before its deadline, and at most `SWEEP_S` (and what the event loop is late) after it.
     2. However many deadlines there are, waiters are looked at at most once per `SWEEP_S`.
 
-Owner: `batcher.Batcher`.
+Owner: `batcher.Batcher`; `stream_link.HostLink`.
 
 Spec: DESIGN 4 (nobody waits for ever).
 """
@@ -15,8 +15,8 @@ Spec: DESIGN 4 (nobody waits for ever).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
 
-from harness.provider.batch import Waiter
 from harness.provider.clock import Clock, Timer
 
 SWEEP_S = 0.1
@@ -24,7 +24,16 @@ SWEEP_S = 0.1
 _NEVER = float("inf")
 
 
-class Deadlines:
+class Dated(Protocol):
+    """Whoever waits until ``due_s`` (monotonic) at the longest."""
+
+    due_s: float
+
+
+W = TypeVar("W", bound=Dated)
+
+
+class Deadlines(Generic[W]):
     """The timer.
 
     Args:
@@ -33,7 +42,7 @@ class Deadlines:
         expire: ends the wait of one of them.
     """
 
-    def __init__(self, clock: Clock, waiters: Callable[[], Iterable[Waiter]], expire: Callable[[Waiter], None]) -> None:
+    def __init__(self, clock: Clock, waiters: Callable[[], Iterable[W]], expire: Callable[[W], None]) -> None:
         self._clock = clock
         self._waiters = waiters
         self._expire = expire
@@ -60,7 +69,7 @@ class Deadlines:
         self.stop()
         now_s = self._last_s = self._clock.monotonic()
         nearest_s = _NEVER
-        for waiter in self._waiters():
+        for waiter in list(self._waiters()):
             if waiter.due_s <= now_s:
                 self._expire(waiter)
             else:

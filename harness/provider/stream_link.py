@@ -41,6 +41,8 @@ from harness.health import OK
 from harness.messages import ResultsText
 from harness.provider.batch import PendingQuote
 from harness.provider.clock import Clock, SystemClock
+from harness.provider.deadlines import Deadlines
+from harness.provider.outbox import Outbox
 from harness.provider.stream import (
     ORDER_LIMIT,
     ActivateOrder,
@@ -111,8 +113,9 @@ class HostLink:
         self._clock = clock or SystemClock()
         self._rng = rng or random.SystemRandom()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Results | ResultsText]] = {}
-        self._outbox: asyncio.Queue[str] | None = None  # of the open connection
+        self._waiting: dict[int, _Call] = {}
+        self._deadlines = Deadlines(self._clock, lambda: self._waiting.values(), _expire)
+        self._outbox: Outbox[str] | None = None  # of the open connection
         self._settled = asyncio.Event()  # the first try has ended, one way or the other
         self._fault = "not tried yet"
         self._closed = False
@@ -135,41 +138,40 @@ class HostLink:
 
         *Cancellation:* the host agent is told.
         """
-        begun_s = self._clock.monotonic()
-        outbox = await self._open_outbox()
-        left_s = pending.wait_s - (self._clock.monotonic() - begun_s)
-        if left_s <= 0:
-            raise WouldBeLate("the host agent was connected to only when no answer was of use any more")
-        order = QuoteOrder(pending=replace(pending, wait_s=left_s))
-        answer = await self._ask(outbox, order, min(left_s, self._bounds.quote_s))
+        if self._outbox is None:
+            begun_s = self._clock.monotonic()
+            await self._opened()
+            left_s = pending.wait_s - (self._clock.monotonic() - begun_s)
+            if left_s <= 0:
+                raise WouldBeLate("the host agent was connected to only when no answer was of use any more")
+            pending = replace(pending, wait_s=left_s)
+        answer = await self._ask(QuoteOrder(pending=pending), min(pending.wait_s, self._bounds.quote_s))
         if not isinstance(answer, ResultsText):
             raise PeerUnreachable("the host agent answered a request for a quote with something else")
         return answer
 
     async def ask(self, order: IdentityOrder | ActivateOrder | CertifyOrder) -> Results:
         """Answer to an order of enrolment; raises, and is cancelled, like `quote`."""
-        answer = await self._ask(await self._open_outbox(), order, self._bounds.enrol_s)
+        await self._opened()
+        answer = await self._ask(order, self._bounds.enrol_s)
         if isinstance(answer, ResultsText):
             raise PeerUnreachable("the host agent answered an order of enrolment with a quote")
         return answer
 
-    async def _ask(self, outbox: asyncio.Queue[str], order: Order, deadline_s: float) -> Results | ResultsText:
+    async def _ask(self, order: Order, deadline_s: float) -> Results | ResultsText:
         if len(self._waiting) >= self._bounds.waiting:
             raise PoolFull("too many requests wait for this host")
-        number = next(self._numbers)
-        answer: asyncio.Future[Results | ResultsText] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        outbox.put_nowait(encode_order(number, order))
+        outbox, number = self._usable(), next(self._numbers)
+        call = self._waiting[number] = _Call(deadline_s, self._clock.monotonic() + deadline_s)
+        self._deadlines.watch(call.due_s)
+        outbox.put(encode_order(number, order))
         try:
-            async with asyncio.timeout(deadline_s):
-                return await answer
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the host agent gave no answer within {deadline_s:.3g} s") from error
+            return await call.answer
         finally:
             if self._waiting.pop(number, None) is not None:
-                outbox.put_nowait(encode_order(number, CancelOrder()))
+                outbox.put(encode_order(number, CancelOrder()))
 
-    async def _open_outbox(self) -> asyncio.Queue[str]:
+    async def _opened(self) -> None:
         if self._closed:
             raise ShuttingDown("the host was removed, or the provider verifier is stopping")
         try:
@@ -177,6 +179,9 @@ class HostLink:
                 await self._settled.wait()
         except TimeoutError as error:
             raise PeerUnreachable("the host agent is still being connected to") from error
+        self._usable()
+
+    def _usable(self) -> Outbox[str]:
         if self._outbox is None:
             raise PeerUnreachable(f"the host agent cannot be reached: {self._fault}")
         return self._outbox
@@ -206,11 +211,12 @@ class HostLink:
         finally:
             self._closed = True
             self._settled.set()
+            self._deadlines.stop()
             self._release(lambda: ShuttingDown("the host was removed, or the provider verifier is stopping"))
 
     async def _converse(self, channel: Channel) -> None:
         """Sends and receives until the connection is gone; always ends with an error."""
-        outbox = self._outbox = asyncio.Queue()
+        outbox = self._outbox = Outbox()
         self._settled.set()
         halves = {asyncio.create_task(_send(channel, outbox)), asyncio.create_task(self._receive(channel))}
         try:
@@ -240,25 +246,40 @@ class HostLink:
                 self._settle(number, error)
 
     def _settle(self, number: int, outcome: Results | ResultsText | HarnessError) -> None:
-        answer = self._waiting.pop(number, None)
-        if answer is None or answer.done():
-            return  # given up meanwhile, or a second answer
-        if isinstance(outcome, HarnessError):
-            answer.set_exception(outcome)
-        else:
-            answer.set_result(outcome)
+        call = self._waiting.pop(number, None)
+        if call is not None:  # else given up meanwhile, or a second answer
+            call.settle(outcome)
 
     def _release(self, error: Callable[[], HarnessError]) -> None:
         waiting, self._waiting = self._waiting, {}
-        for answer in waiting.values():
-            if not answer.done():
-                answer.set_exception(error())
+        for call in waiting.values():
+            call.settle(error())
 
 
-async def _send(channel: Channel, outbox: asyncio.Queue[str]) -> None:
+class _Call:
+    """A call that waits for its answer, until ``due_s`` at the longest; it has no task and no timer of its own here."""
+
+    __slots__ = ("answer", "deadline_s", "due_s")
+
+    def __init__(self, deadline_s: float, due_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.due_s = due_s
+        self.answer: asyncio.Future[Results | ResultsText] = asyncio.get_running_loop().create_future()
+
+    def settle(self, outcome: Results | ResultsText | HarnessError) -> None:
+        if self.answer.done():
+            return
+        if isinstance(outcome, HarnessError):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
+
+
+def _expire(call: _Call) -> None:
+    call.settle(DeadlineExceeded(f"the host agent gave no answer within {call.deadline_s:.3g} s"))
+
+
+async def _send(channel: Channel, outbox: Outbox[str]) -> None:
     while True:
-        lines = [await outbox.get()]
-        while not outbox.empty():  # what came in the same turn of the loop goes in one frame
-            lines.append(outbox.get_nowait())
-        for frame in frames_of(lines, ORDER_LIMIT):
+        for frame in frames_of(await outbox.take(), ORDER_LIMIT):
             await channel.send(frame)

@@ -152,10 +152,16 @@ async def test_a_cancelled_call_leaves_the_pool_on_the_host() -> None:
 
 async def test_a_call_ends_by_its_own_deadline() -> None:
     """A host agent that never answers keeps nobody."""
-    async with wired(LinkBounds(enrol_s=0.02)) as (link, network, _, _):
+    async with wired(LinkBounds(enrol_s=20)) as (link, network, _, clock):
         network.stall.clear()
-        with pytest.raises(DeadlineExceeded):
-            await link.ask(IdentityOrder())
+        call = start(link.ask(IdentityOrder()))
+        await settle()
+        clock.advance(19.75)
+        await settle()
+        assert not call.done()
+        clock.advance(0.5)
+        await asyncio.wait([call], timeout=WAIT_S)
+        assert isinstance(call.exception(), DeadlineExceeded)
 
 
 async def test_the_bound_of_waiting_calls_is_typed() -> None:
@@ -186,7 +192,7 @@ async def test_the_host_agent_is_told_how_long_an_answer_is_still_of_use() -> No
     waits = start(link.quote(replace(a_request(), wait_s=10.0)))
     too_late = start(link.quote(replace(a_request(), wait_s=1.5)))
     await settle()
-    clock.now_s += 1.75
+    clock.advance(1.75)
     opened.set()
     await asyncio.wait([too_late], timeout=WAIT_S)
     assert isinstance(too_late.exception(), WouldBeLate)
@@ -202,12 +208,20 @@ async def test_the_host_agent_is_told_how_long_an_answer_is_still_of_use() -> No
 
 async def test_a_call_ends_when_its_answer_is_of_no_use_any_more() -> None:
     """Each by its own deadline, and the host agent is told."""
-    async with wired() as (link, network, _, _):
+    async with wired() as (link, network, _, clock):
         network.bench.quoter.hold()
-        with pytest.raises(DeadlineExceeded):
-            await link.quote(replace(a_request(), wait_s=0.02))
+        early = start(link.quote(replace(a_request(), wait_s=1.0)))
+        late = start(link.quote(replace(a_request(), wait_s=9.0)))
         await settle()
-        assert json.loads(network.ends[0].sent[-1])["op"] == "cancel"
+        clock.advance(1.25)
+        await asyncio.wait([early], timeout=WAIT_S)
+        assert isinstance(early.exception(), DeadlineExceeded)
+        await settle()
+        assert not late.done()
+        assert json.loads(network.ends[0].sent[-1]) == {"id": 1, "op": "cancel"}
+        assert network.bench.batcher.waiting == 1
+        network.bench.quoter.let_go()
+        await within([late])
 
 
 # --- a broken link ----------------------------------------------------------------------------------------------------
