@@ -121,6 +121,11 @@ class Batcher:
         return len(self._pools)
 
     @property
+    def pools(self) -> int:
+        """Open pools."""
+        return len(self._pools)
+
+    @property
     def working_s(self) -> float:
         """Seconds since the batch in work was taken; 0 between batches."""
         return self._forecast.working_s(self._around.clock.monotonic())

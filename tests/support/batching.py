@@ -115,6 +115,15 @@ async def settle(rounds: int = 40) -> None:
         await asyncio.sleep(0)
 
 
+async def until(happened: Callable[[], bool]) -> None:
+    """Lets tasks run, one turn of the loop at a time, until something has happened that needs nothing else."""
+    for _ in range(10_000):
+        if happened():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it does not happen")
+
+
 async def within(awaitables: Iterable[asyncio.Task[T]]) -> list[T]:
     """Results of tasks that must end now."""
     async with asyncio.timeout(WAIT_S):

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from harness.errors import HarnessError
-from harness.provider.batch import RFC9162, Answer, PendingQuote, SealedBatch, TreeBuilder
+from harness.provider.batch import RFC9162, Answer, PendingQuote, Quote, SealedBatch, TreeBuilder, Waiter
 from harness.provider.batcher import Batcher, BatchReport, Surroundings
 from harness.values import AgentId
 from tests.support.answers import AnswerChecker
-from tests.support.batching import WAIT_S, FakeQuoter, FakeResidency
+from tests.support.batching import WAIT_S, FakeQuoter, FakeResidency, settle
 from tests.support.manual_clock import ManualClock
 from tests.support.pendings import a_request
 from tests.support.soft_tpm import SoftTpm
@@ -36,6 +36,18 @@ class Bounds:
 
 
 @dataclass(slots=True, kw_only=True)
+class Entry:
+    """A request that entered without a task; ``ended_s`` by the manual clock."""
+
+    pending: PendingQuote
+    entered_s: float
+    pools: int = 0  # open when it had entered
+    waiter: Waiter | None = None
+    outcome: Answer | HarnessError | None = None
+    ended_s: float = float("nan")
+
+
+@dataclass(slots=True, kw_only=True)
 class Bench:
     """A batcher with its fakes."""
 
@@ -48,7 +60,7 @@ class Bench:
     residency_s: float = RESIDENCY_S
     reports: list[BatchReport] = field(default_factory=list)
     submitted: list[tuple[asyncio.Task[Answer], PendingQuote]] = field(default_factory=list)
-    delivered: list[tuple[Answer | HarnessError, PendingQuote]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     vtpm_eks: dict[str, dict[AgentId, bytes]] = field(default_factory=dict)  # by batch: what its check said
 
     @property
@@ -60,12 +72,42 @@ class Bench:
         self.submitted.append((task, pending))
         return task
 
-    def enter(self, pending: PendingQuote) -> None:
-        """Like `submit`, without a task: the outcome is in ``delivered``."""
+    def enter(self, pending: PendingQuote) -> Entry:
+        """Like `submit`, without a task."""
+        entry = Entry(pending=pending, entered_s=self.clock.now_s)
+
+        def deliver(outcome: Answer | HarnessError) -> None:
+            assert entry.outcome is None, "two outcomes for one request"
+            entry.outcome, entry.ended_s = outcome, self.clock.now_s
+
         try:
-            self.batcher.enter(pending, lambda outcome: self.delivered.append((outcome, pending)))
+            entry.waiter = self.batcher.enter(pending, deliver)
         except HarnessError as error:
-            self.delivered.append((error, pending))
+            deliver(error)
+        entry.pools = self.batcher.pools
+        self.entries.append(entry)
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Takes a request back."""
+        assert entry.waiter is not None
+        self.batcher.leave(entry.waiter)
+        self.entries.remove(entry)
+
+    def takes(self, seconds: float) -> None:
+        """From now on each quote takes so long by the manual clock."""
+
+        async def quote(batch: SealedBatch) -> Quote:
+            await self.clock.sleep(seconds)
+            return self.quoter.tpm.quote_batch(batch)
+
+        self.quoter.quotes = quote
+
+    async def pass_time(self, seconds: float, *, step_s: float) -> None:
+        """Lets time pass in steps, and after each one everything happen that can."""
+        for _ in range(round(seconds / step_s)):
+            self.clock.advance(step_s)
+            await settle()
 
     async def in_flight(self, pending: PendingQuote | None = None) -> asyncio.Task[Answer]:
         """One request, whose quote has reached the TPM and stops there."""
@@ -93,7 +135,10 @@ class Bench:
         5. Each batch was reported once; no more waits are reported than there are members.
         """
         assert self.batcher.waiting == 0, "somebody is left waiting"
-        outcomes = list(self.delivered)
+        outcomes: list[tuple[Answer | HarnessError, PendingQuote]] = []
+        for entry in self.entries:
+            assert entry.outcome is not None, "somebody was told nothing"
+            outcomes.append((entry.outcome, entry.pending))
         for task, pending in self.submitted:
             assert task.done()
             if not task.cancelled():

@@ -37,6 +37,7 @@ def a_request(
     agent_id: AgentId | None = None,
     bank: HashAlg = HashAlg.SHA256,
     nonce: bytes | None = None,
+    wait_s: float = 30.0,
 ) -> PendingQuote:
     """An admitted request; its nonce is new unless given."""
     request = QuoteRequest(
@@ -51,4 +52,5 @@ def a_request(
         tenant=tenant,
         requester=requester_of_tenant(tenant),
         allowlist=allow(range(16), bank) if allowlist is None else allowlist,
+        wait_s=wait_s,
     )
