@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,11 @@ from harness.store import Store
 from harness.values import AgentId, parse_agent_id
 
 RSA_EK, ECC_EK, PLATFORM = "rsa-ek", "ecc-ek", "platform"
+# Columns, not rows: making an object of each row would be most of what a batch waits for.
+_CERTIFIED = select(IssuedCertificate.agent_id, IssuedCertificate.spki_digest).where(
+    IssuedCertificate.kind == RSA_EK, IssuedCertificate.released_at.is_(None)
+)
+_SEEN = select(SeenVtpm.agent_id, SeenVtpm.spki_digest, SeenVtpm.run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +135,7 @@ class Journal(Trail):
     async def rsa_eks(self) -> dict[AgentId, bytes]:
         """SHA-256 of the SubjectPublicKeyInfo of every guest's certified RSA EK."""
         async with self._store.begin() as session:
-            rows = await session.scalars(
-                select(IssuedCertificate).where(
-                    IssuedCertificate.kind == RSA_EK, IssuedCertificate.released_at.is_(None)
-                )
-            )
-            return {parse_agent_id(row.agent_id): row.spki_digest for row in rows}
+            return {parse_agent_id(text): ek for text, ek in await session.execute(_CERTIFIED)}
 
     async def saw(
         self, agent_id: AgentId, state: Path, status: os.stat_result, spki_digest: bytes, run: str | None = None
@@ -179,5 +179,16 @@ class Journal(Trail):
     async def seen_in_runs(self) -> dict[AgentId, Seen]:
         """EK that each guest last ran with, and the run that it was read for."""
         async with self._store.begin() as session:
-            rows = await session.scalars(select(SeenVtpm))
-            return {parse_agent_id(row.agent_id): Seen(ek=row.spki_digest, run=row.run) for row in rows}
+            return {parse_agent_id(text): Seen(ek=ek, run=run) for text, ek, run in await session.execute(_SEEN)}
+
+    async def residents(self, agent_ids: Collection[AgentId]) -> tuple[dict[AgentId, bytes], dict[AgentId, Seen]]:
+        """`rsa_eks` and `seen_in_runs` of one moment, for the guests of a batch, which waits for it."""
+        async with self._store.begin() as session:
+            certified = {row.agent_id: row.spki_digest for row in await session.execute(_CERTIFIED)}
+            seen = {row.agent_id: row for row in await session.execute(_SEEN)}
+        texts = {agent_id: str(agent_id) for agent_id in agent_ids}
+        found = {agent_id: seen[text] for agent_id, text in texts.items() if text in seen}
+        return (
+            {agent_id: certified[text] for agent_id, text in texts.items() if text in certified},
+            {agent_id: Seen(ek=row.spki_digest, run=row.run) for agent_id, row in found.items()},
+        )

@@ -60,7 +60,7 @@ class GuestResidency:
 
         *Cancellation:* nothing has changed.
         """
-        certified, seen = await self._journal.rsa_eks(), await self._journal.seen_in_runs()
+        certified, seen = await self._journal.residents(agent_ids)
         return {agent_id: self._one(agent_id, certified.get(agent_id), seen.get(agent_id)) for agent_id in agent_ids}
 
     def _one(self, agent_id: AgentId, certified: bytes | None, seen: Seen | None) -> bytes | GuestNotHere | NotReady:

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from harness.audit import AuditEntry
 from harness.errors import CloneSuspected, Conflict, NotFound
-from harness.provider.journal import ECC_EK, PLATFORM, RSA_EK, Journal
+from harness.provider.journal import ECC_EK, PLATFORM, RSA_EK, Journal, Seen
 from harness.provider.tables import HOST_SCHEMA, HostBase, IssuedCertificate
 from harness.store import Store, open_store
 from tests.support.pendings import agent
@@ -96,6 +96,21 @@ async def test_of_two_guests_with_one_key_at_once_one_wins(journal: Journal) -> 
     )
     assert [type(outcome) for outcome in outcomes if outcome is not None] == [CloneSuspected]
     assert len(await journal.rsa_eks()) == 1
+
+
+async def test_a_batch_is_told_of_its_own_guests(journal: Journal, tmp_path: Path) -> None:
+    """What is certified and what was seen, of the guests that are asked for and of no other."""
+    for agent_id, key in ((GUEST, KEY), (OTHER, SECOND_KEY)):
+        await journal.record(agent_id, RSA_EK, key, 1)
+        await journal.record(agent_id, ECC_EK, key[::-1], 2)
+    await journal.saw(OTHER, tmp_path / "tpm2-00.permall", FILE, SECOND_KEY, "run1")
+    seen = {OTHER: Seen(ek=SECOND_KEY, run="run1")}
+    assert await journal.residents({GUEST}) == ({GUEST: KEY}, {})
+    assert await journal.residents({OTHER}) == ({OTHER: SECOND_KEY}, seen)
+    assert await journal.residents([OTHER, GUEST]) == (await journal.rsa_eks(), await journal.seen_in_runs())
+    await journal.release(GUEST, "disk lost", who="uid 0")
+    assert await journal.residents({GUEST, OTHER}) == ({OTHER: SECOND_KEY}, seen)
+    assert await journal.residents(()) == ({}, {})
 
 
 async def test_a_release_lets_a_new_vtpm_be_made_and_stays_in_the_journal(journal: Journal, store: Store) -> None:
