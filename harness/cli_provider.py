@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import cli_complete, cli_policy_view, cli_provider_guest, cli_show, cli_site
+from harness import cli_complete, cli_metrics, cli_policy_view, cli_provider_guest, cli_show, cli_site
 from harness.cli_help import AsJson, HostName, Lab, OptionalReason, Reason, examples, group
 from harness.cli_tenant_alarms import show_audit
 from harness.errors import ConfigError, HarnessError
@@ -23,6 +23,7 @@ host_app = group("Hosts whose agents have announced themselves.")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(host_app, name="host")
 app.add_typer(cli_provider_guest.app, name="guest")
+cli_metrics.register_provider(app)
 
 TenantName = Annotated[
     str, typer.Argument(metavar="NAME", help="The tenant's name.", autocompletion=cli_complete.tenants)

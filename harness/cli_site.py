@@ -154,7 +154,7 @@ def as_tenant(tenant: TenantSite, act: Callable[[TenantOperator], Awaitable[T]])
         async with tenant_operator(tenant) as operator:
             return await act(operator)
 
-    return _run(run())
+    return asked(run())
 
 
 def as_tenants(
@@ -177,7 +177,7 @@ def as_tenants(
         except HarnessError as error:
             return error
 
-    return _run(run())
+    return asked(run())
 
 
 def as_provider(site: SiteSettings, act: Callable[[ProviderOperator], Awaitable[T]]) -> T:
@@ -192,7 +192,7 @@ def as_provider(site: SiteSettings, act: Callable[[ProviderOperator], Awaitable[
         async with PeerClient(site.provider.operator, site.provider.registrar, roles=roles) as registrar:
             return await act(ProviderOperator(registrar))
 
-    return _run(run())
+    return asked(run())
 
 
 @asynccontextmanager
@@ -209,7 +209,8 @@ async def tenant_operator(tenant: TenantSite) -> AsyncIterator[TenantOperator]:
         yield TenantOperator(registrar, verifier, tenant.operator)
 
 
-def _run(work: Coroutine[object, object, T]) -> T:
+def asked(work: Coroutine[object, object, T]) -> T:
+    """Result of work that asks the services of a lab. Raises LabDown for one that is down and cannot be reached."""
     import asyncio
 
     async def run() -> T:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import cli_show, cli_site, cli_tenant_alarms, cli_tenant_guest, cli_tenant_policy, cli_tenant_status
+from harness import (
+    cli_metrics,
+    cli_show,
+    cli_site,
+    cli_tenant_alarms,
+    cli_tenant_guest,
+    cli_tenant_policy,
+    cli_tenant_status,
+)
 from harness.cli_help import AsJson, HostId, Lab, OptionalReason, Reason, Tenant, examples, group
 
 if TYPE_CHECKING:
@@ -21,6 +29,7 @@ app.add_typer(cli_tenant_guest.app, name="guest")
 app.add_typer(cli_tenant_policy.app, name="policy")
 app.add_typer(cli_tenant_alarms.app, name="alarms")
 cli_tenant_alarms.register_audit(app)
+cli_metrics.register_tenant(app)
 
 _HOST_COLUMNS = ("host", "enrolled at", "where")
 
