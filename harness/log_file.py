@@ -1,7 +1,8 @@
 """The file that a process writes its events to: whole lines, bounded in size, and never in the way of the work.
 
 Invariants:
-    1. A line is written whole or not at all; a half one, after a full disk, is ended before the next.
+    1. A line is written whole or not at all; a half one, after a full disk, is ended before the next, also by the
+       process that opens the file then.
     2. The file does not grow beyond its bound by more than one line (and what others write to the same streams): it
        becomes ``x.log.1``, the one before that ``x.log.2``, and so on; the oldest goes.
     3. Writing does not raise. Lines that could not be written are counted, and told when writing works again.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from pathlib import Path
 MAX_BYTES = 10 * 1024 * 1024
 KEEP = 5
 _AGAIN_S = 60.0
+_CLOSED = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,8 @@ class LogFile:
         self._half = False
         self._not_before_s = float("-inf")
         self.descriptor = 2 if path is None else _opened(path)
+        if path is not None:
+            self._half = _ends_half(path, self.descriptor)
         self._redirect()
 
     def write(self, line: str) -> None:
@@ -87,8 +92,10 @@ class LogFile:
 
     def close(self) -> None:
         """Closes the file; later lines are lost."""
-        if self._path is not None:
-            os.close(self.descriptor)
+        with self._lock:
+            if self._path is not None and self.descriptor != _CLOSED:
+                os.close(self.descriptor)
+                self.descriptor = _CLOSED  # the number is another file's from now on
 
     def _append(self, line: str) -> None:
         data = f"\n{line}\n".encode() if self._half else f"{line}\n".encode()
@@ -136,3 +143,16 @@ class LogFile:
 
 def _opened(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def _ends_half(path: Path, descriptor: int) -> bool:
+    """Whether a file that is appended to ends within a line; a pipe or device has no end to look at."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        return False
+    try:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False  # it may be written, and not read

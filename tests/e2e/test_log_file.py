@@ -98,6 +98,26 @@ log.write("last")
     assert json.loads(told) == {"event": "log_lines_lost", "level": "error", "count": 3, "service": "test"}
 
 
+@pytest.mark.parametrize(("found", "before"), [(b"", b""), (b"whole\n", b"whole\n"), (b"a\nhalf", b"a\nhalf\n")])
+def test_a_half_line_that_was_found_is_ended_first(path: Path, found: bytes, before: bytes) -> None:
+    """A process that ended on a full disk left it: the first line of the next one stands alone."""
+    path.write_bytes(found)
+    log = LogFile(path)
+    log.write("next")
+    log.close()
+    assert path.read_bytes() == before + b"next\n"
+
+
+def test_a_closed_log_writes_into_nobody_elses_file(path: Path, log: LogFile, tmp_path: Path) -> None:
+    """Its descriptor's number is given to the next file that is opened; lines after the end are lost, also twice."""
+    log.write("a line")
+    log.close()
+    with (tmp_path / "other").open("wb"):
+        log.write("late")
+        log.close()
+    assert (path.read_text(), (tmp_path / "other").read_bytes()) == ("a line\n", b"")
+
+
 def test_tracebacks_follow_into_the_new_file(tmp_path: Path) -> None:
     """What a library prints on standard output and error after a rotation is in the new file, not in the old one."""
     script = """
