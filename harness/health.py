@@ -136,6 +136,7 @@ class Health:
         return Report(status=status, uptime_s=self._monotonic() - self._begun_s, checks=checks)
 
     async def _ask(self, check: _Named) -> str:
+        self._causes.pop(check.name, None)
         try:
             async with asyncio.timeout(DEADLINE_S):
                 await check.ask()

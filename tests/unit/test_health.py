@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -137,6 +138,21 @@ async def test_a_change_is_told_once(capsys: pytest.CaptureFixture[str]) -> None
         time.s += KEPT_S
     told = [line for line in capsys.readouterr().err.splitlines() if '"health"' in line]
     assert [('"warning"' in line, '"state": "ok"' in line) for line in told] == [(True, False), (False, True)]
+
+
+async def test_the_cause_in_the_log_is_that_of_this_change(capsys: pytest.CaptureFixture[str]) -> None:
+    """A check that fails in another way is not told with the cause of its last failure."""
+    time, part = Time(), Part()
+    health = Health(monotonic=time)
+    health.check("database", part.check)
+    refusal = StoreError("the database cannot be used")
+    refusal.__cause__ = OSError("disk I/O error")
+    for fault in (refusal, ZeroDivisionError()):
+        part.fault = fault
+        await health.report(in_full=True)
+        time.s += KEPT_S
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if '"health"' in line]
+    assert [event["cause"] for event in told] == ["disk I/O error", ""]
 
 
 async def test_the_sentence_about_a_database_names_no_path() -> None:
