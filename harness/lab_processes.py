@@ -36,15 +36,30 @@ from harness import events, serve
 from harness.errors import HarnessError, SimulationError
 
 PRELOADED = "harness.preload"
+_SAFE_PATH = "PYTHONSAFEPATH"
 _STOP_S = 5.0
 _REPORT_S, _POLL_S = 0.5, 0.01
 
 
 def warm_up() -> None:
     """Starts the preloaded parent, so that it loads while the caller still does other things."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # nor does it import what happens to lie in the folder where a person stands
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
-    forkserver.ensure_running()
+    with _safe_path():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """What is started here does not import what lies in the folder where a person stands; we, and others, go on."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SAFE_PATH, None)
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def end_parent() -> None:

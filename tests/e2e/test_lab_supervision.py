@@ -76,6 +76,11 @@ def pid_of(supervision: Supervision, name: str = "registrar") -> int | None:
     return found
 
 
+def environment_of(pid: int) -> list[str]:
+    """What a process was started with."""
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
 def alive(pid: int) -> bool:
     """Whether a process is there and no zombie."""
     try:
@@ -270,3 +275,18 @@ async def test_a_process_can_be_looked_at_while_it_is_started_again(folder: Path
         await asyncio.sleep(0)
     await starting
     await process.kill()
+
+
+async def test_only_what_is_forked_has_a_safe_path(
+    folder: Path, supervision: Supervision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Services import nothing from the folder where a person stands; the program that starts them stays as it is."""
+    from multiprocessing import forkserver
+
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    await supervision.apply([registrar(folder)])
+    await until(lambda: pid_of(supervision) is not None, "started")
+    parent = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    assert "PYTHONSAFEPATH=1" in environment_of(parent)
+    assert "PYTHONSAFEPATH" not in os.environ

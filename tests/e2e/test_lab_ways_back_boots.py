@@ -7,7 +7,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,6 +23,7 @@ tenants:
   alice: {quote_interval_s: 1, allow_reboots: false, guests: {vm1: {scenario: vm1.yml}}}
   bob: {quote_interval_s: 1, guests: {vm2: }}
 """
+_CUTS = 20
 INSTALLED = "description: as installed\nbased_on: guest-good\n"
 UPDATED = INSTALLED + 'replace: [{label: kernel, text: "guest kernel 6.1.0-2"}]\n'
 
@@ -115,11 +116,29 @@ def test_a_guest_that_reboots(lab: WaysBack) -> None:
     lab.settled("HostRebooted")
 
 
+def _power_cut(lab: WaysBack, seen: Callable[[], bool]) -> None:
+    """Cuts the power until something is seen of it: an unsafe clock may be safe again before anybody has asked."""
+    for _ in range(_CUTS):
+        since = time.time()
+        lab.of_host({"op": "power_cycle", "orderly": False})
+        lab.until("bob's guest as it is after the cut", lambda since=since: seen() or _attested_since(lab, since))
+        if seen():
+            return
+        _accept_reboot(lab)
+        lab.attested()
+    raise AssertionError(f"not seen after {_CUTS} power cuts\n{lab.tail()}")
+
+
+def _attested_since(lab: WaysBack, since: float) -> bool:
+    verdicts = lab.verdicts("vm2", "bob")
+    reboot = [verdict["at"] for verdict in verdicts if verdict["error"] == "HostRebooted" and verdict["at"] > since]
+    return bool(reboot) and any(verdict["accepted"] and verdict["at"] > reboot[0] for verdict in verdicts)
+
+
 @raises("HostRebooted")
 def test_a_power_cut(lab: WaysBack) -> None:
     """The clock is not safe for a while: that is tried again until it is, and no operator is needed for it."""
-    lab.of_host({"op": "power_cycle", "orderly": False})
-    lab.until("a clock that is not safe", lambda: "ClockNotSafe" in lab.errors("vm2", "bob"))
+    _power_cut(lab, lambda: "ClockNotSafe" in lab.errors("vm2", "bob"))
     _accept_reboot(lab)
     lab.settled("HostRebooted")
 
@@ -129,7 +148,7 @@ def test_a_clock_that_is_not_safe_for_longer_than_the_order_allows(lab: WaysBack
     """The session fails with the finding; once the clock is safe a plain resume is enough."""
     asyncio.run(_order_again(lab, "bob", "vm2", clock_unsafe_limit_s=0.1))
     lab.attested("vm2")
-    lab.of_host({"op": "power_cycle", "orderly": False})
+    _power_cut(lab, lambda: lab.guests()[lab.ids["vm2"]]["state"] == "FAILED")
     lab.stopped("vm2", state="FAILED", check=10, error="ClockNotSafe")
     lab.advised("vm2", "bob", "once it is safe again: `harness tenant guest resume vm2")
     _accept_reboot(lab)
