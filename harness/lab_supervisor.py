@@ -43,9 +43,8 @@ from harness.lab_site import LabSite
 from harness.lab_supervision import Supervision
 from harness.lab_topology import load_topology
 from harness.messages import parse_json
-from harness.unix_server import UnixServer
+from harness.unix_server import LINE_LIMIT, UnixServer, refusal
 
-_LINE_LIMIT = 64 * 1024
 _LOCK_S = 15.0
 _POLL_S = 0.1
 _LOOK_S = 2.0
@@ -118,7 +117,7 @@ class Supervisor:
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         while line := await reader.readline():
             try:
-                answer = await self._carry_out(parse_json(line, limit=_LINE_LIMIT))
+                answer = await self._carry_out(parse_json(line, limit=LINE_LIMIT))
             except (HarnessError, OSError) as error:
                 answer = _told(error)
             except Exception as error:  # the border of a request: whoever asked learns that it failed, the log why
@@ -204,11 +203,11 @@ def main() -> int:
     return 0
 
 
-def _told(error: HarnessError | OSError) -> dict[str, object]:
+def _told(error: HarnessError | OSError) -> Mapping[str, object]:
     if isinstance(error, HarnessError):
-        return {"error": type(error).__name__, "detail": error.detail}
+        return refusal(error)
     where = f"{error.filename}: " if error.filename else ""
-    return {"error": ConfigError.__name__, "detail": f"{where}{error.strerror or error}"}
+    return refusal(ConfigError(f"{where}{error.strerror or error}"))
 
 
 async def _until_told(supervisor: Supervisor) -> None:

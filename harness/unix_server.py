@@ -2,7 +2,8 @@
 
 Invariants:
     1. After `stop` no client task runs and every connection is closed.
-    2. A client that goes away, or does not speak the protocol, ends its own connection only.
+    2. A client that goes away, or does not speak the protocol, ends its own connection only. So does one whose request
+       fails for a reason that nobody thought of; the log has it.
 
 Owner: the task that started it.
 """
@@ -11,14 +12,21 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import MalformedMessage, SimulationError
+from harness import events
+from harness.errors import HarnessError, MalformedMessage, SimulationError
 from harness.swtpm import SOCKET_PATH_LIMIT
 
-_LINE_LIMIT = 64 * 1024
+LINE_LIMIT = 64 * 1024
+"""Bytes of the longest request."""
+
+
+def refusal(error: HarnessError) -> Mapping[str, object]:
+    """What a client is answered whose request was refused; `unix_client.ask` makes a `LocalRefusal` of it."""
+    return {"error": type(error).__name__, "detail": error.detail}
 
 
 class UnixServer:
@@ -55,7 +63,7 @@ class UnixServer:
             raise SimulationError(f"socket path {self._path} is longer than {SOCKET_PATH_LIMIT} bytes")
         try:
             self._clear()
-            self._server = await asyncio.start_unix_server(self._accept, self._path, limit=_LINE_LIMIT)
+            self._server = await asyncio.start_unix_server(self._accept, self._path, limit=LINE_LIMIT)
             self._protect()
         except OSError as error:
             raise SimulationError(f"socket {self._path} cannot be made: {error.strerror}") from error
@@ -86,6 +94,8 @@ class UnixServer:
             await self._serve(reader, writer)
         except (OSError, EOFError, ValueError, MalformedMessage):
             pass  # either side has gone or does not speak the protocol (ValueError: a line above the limit)
+        except Exception:  # the border of a client's task, which nobody waits for
+            events.emit("internal_fault", level="error", socket=str(self._path), exc_info=True)
         finally:
             writer.close()
 

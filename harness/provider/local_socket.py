@@ -36,12 +36,11 @@ from harness.provider.guests import parse_run
 from harness.provider.journal import Journal
 from harness.provider.residency import GuestResidency
 from harness.provider.vtpm_ca import VtpmCa, parse_issue_request
-from harness.unix_server import UnixServer
+from harness.unix_server import LINE_LIMIT, UnixServer, refusal
 from harness.values import parse_agent_id
 
 _REQUEST_S = 30.0
 _IDLE_S = 30.0
-_LINE_LIMIT = 64 * 1024
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -92,12 +91,12 @@ class LocalSocket:
             if uid not in self._uids:
                 raise AccessDenied(f"user {uid} may not use the host agent's local socket")
             async with asyncio.timeout(_REQUEST_S):
-                return await self._carry_out(parse_json(line, limit=_LINE_LIMIT), uid)
+                return await self._carry_out(parse_json(line, limit=LINE_LIMIT), uid)
         except TimeoutError:
-            return _refusal(DeadlineExceeded(f"not done within {_REQUEST_S:g} s"))
+            return refusal(DeadlineExceeded(f"not done within {_REQUEST_S:g} s"))
         except HarnessError as error:
             events.emit("local_refused", level="warning", error=type(error).__name__, detail=error.detail)
-            return _refusal(error)
+            return refusal(error)
 
     async def _carry_out(self, request: object, uid: int) -> Mapping[str, object]:
         match request:
@@ -126,7 +125,3 @@ def _peer_uid(writer: StreamWriter) -> int:
     connection: socket.socket = writer.get_extra_info("socket")
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[1])
-
-
-def _refusal(error: HarnessError) -> Mapping[str, object]:
-    return {"error": type(error).__name__, "detail": error.detail}

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Protocol
 
 from harness import unix_client
-from harness.errors import ConfigError, HarnessError, LocalRefusal, PeerUnreachable, ProtocolError, SimulationError
+from harness.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    HarnessError,
+    LocalRefusal,
+    PeerUnreachable,
+    ProtocolError,
+    SimulationError,
+)
+from harness.messages import parse_json
+from harness.unix_server import LINE_LIMIT, refusal
 
 _REQUEST_S = 60.0
 
@@ -73,21 +83,21 @@ async def serve_control(device: Device, reader: StreamReader, writer: StreamWrit
         await writer.drain()
 
 
-async def _answer(line: bytes, device: Device) -> dict[str, object]:
+async def _answer(line: bytes, device: Device) -> Mapping[str, object]:
     try:
         async with asyncio.timeout(_REQUEST_S):
             await _carry_out(_request(line), device)
         return device.status()
     except HarnessError as error:
-        return {"error": type(error).__name__, "detail": error.detail}
+        return refusal(error)
     except TimeoutError:
-        return {"error": "DeadlineExceeded", "detail": f"not done within {_REQUEST_S:g} s"}
+        return refusal(DeadlineExceeded(f"not done within {_REQUEST_S:g} s"))
 
 
 def _request(line: bytes) -> Mapping[str, object]:
     try:
-        request = json.loads(line)
-    except ValueError as error:
+        request = parse_json(line, limit=LINE_LIMIT)
+    except ProtocolError as error:
         raise ConfigError("a request is one JSON object per line") from error
     if not isinstance(request, dict):
         raise ConfigError("a request is one JSON object per line")

@@ -40,22 +40,15 @@ from pathlib import Path
 
 from harness import events
 from harness.config import GuestManagerSettings
-from harness.errors import (
-    ConfigError,
-    Conflict,
-    HarnessError,
-    MalformedMessage,
-    NotFound,
-)
+from harness.errors import ConfigError, Conflict, HarnessError, MalformedMessage, NotFound
 from harness.messages import parse_json
 from harness.sim import guest_definitions
 from harness.sim.guest import GuestDefinition, MakeAgent, ProcessGuest
 from harness.sim.guest_definitions import Broken
 from harness.sim.guest_keeper import GuestKeeper
-from harness.unix_server import UnixServer
+from harness.unix_server import LINE_LIMIT, UnixServer, refusal
 from harness.values import AgentId, parse_agent_id
 
-_LINE_LIMIT = 64 * 1024
 _WATCHER_LIMIT = 10_000
 _READ_S = 10.0
 
@@ -121,7 +114,7 @@ class GuestManager:
                     return
                 answer: Mapping[str, object] = await self._carry_out(request)
             except HarnessError as error:
-                answer = {"error": type(error).__name__, "detail": error.detail}
+                answer = refusal(error)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
 
@@ -272,7 +265,7 @@ def _shown_broken(broken: Broken, folder: Path) -> Mapping[str, object]:
 
 
 def _request(line: bytes) -> Mapping[str, object]:
-    request = parse_json(line, limit=_LINE_LIMIT)
+    request = parse_json(line, limit=LINE_LIMIT)
     if not isinstance(request, dict):
         raise MalformedMessage("a request is one JSON object per line")
     return request

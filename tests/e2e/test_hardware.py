@@ -200,6 +200,8 @@ async def test_control_socket(settings: DeviceSettings) -> None:
         {"op": "status", "more": 1},
         [1],
         b"not JSON",
+        b'{"op": "status", "op": "status"}',
+        b"[" * 20_000,
     ):
         answer = await control.ask(bad)
         assert answer["error"] == "ConfigError", bad

@@ -136,6 +136,24 @@ async def test_a_client_that_breaks_off_harms_nobody_else(path: Path) -> None:
         writer.close()
 
 
+async def test_a_fault_of_the_service_ends_one_connection_and_is_in_the_log(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever asked sees a closed connection, the log has the traceback, and the next one is served."""
+
+    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
+        writer.write(b"%d\n" % (1 / int(await reader.readline())))
+
+    server = UnixServer(path, serve)
+    await server.start()
+    try:
+        assert await exchange(path, b"0") == []
+        assert "ZeroDivisionError" in capsys.readouterr().err
+        assert await exchange(path, b"1") == [1]
+    finally:
+        await server.stop()
+
+
 async def test_a_stop_cuts_clients_off(path: Path) -> None:
     """One that waits for its answer and one that has asked nothing; a second stop does nothing."""
     served: list[StreamReader] = []
