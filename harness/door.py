@@ -7,7 +7,9 @@ stands between TLS and aiohttp.
 Invariants:
     1. No more connections than the bound are open, those in their handshake included.
     2. A connection without a request in work is closed `Bounds.idle_s` after its opening or its last request, and
-       `Bounds.headers_s` after the first byte of a request whose headers are not complete.
+       `Bounds.headers_s` after the first byte of a request whose headers are not complete; and any connection
+       `Bounds.write_s` after its buffer of `Bounds.write_buffer` bytes was full and has not been read since. One task
+       looks at all of them, a few times within the shortest of these, so that a request costs no timer.
     3. A failed handshake ends that connection only.
 
 Owner: the event loop of the server.
@@ -26,10 +28,14 @@ from dataclasses import dataclass
 from typing import cast
 
 from harness import events
+from harness.errors import TooManyConnections
 
 _ACCEPT_AGAIN_S = 0.1
 _REPORT_EVERY_S = 1.0
 _TLS_CLOSE_S = 1.0
+_NEVER = float("inf")
+SURPLUS_S = 5.0
+"""For the only request of a connection that is one too many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +47,23 @@ class Bounds:
         handshake_s: for the TLS handshake.
         headers_s: for the headers of a request, from their first byte.
         idle_s: without a request; longer than a client of ours keeps a connection for the next one.
+        write_s: for a peer to read what is ready for it.
+        write_buffer: bytes that may be ready for a peer that does not read; an answer is longer where it has to be.
+        per_authority: connections that each authority but the service's own may have (`web_connection`).
     """
 
     connections: int = 4096
+    per_authority: int = 1024
     handshake_s: float = 10.0
     headers_s: float = 20.0
     idle_s: float = 75.0
+    write_s: float = 10.0
+    write_buffer: int = 64 * 1024
+
+    @property
+    def sweep_s(self) -> float:
+        """Seconds between two looks at all connections."""
+        return min(1.0, min(self.headers_s, self.idle_s, self.write_s) / 4)
 
 
 async def _accepted(listening: socket.socket) -> socket.socket:
@@ -72,13 +89,22 @@ class Door:
         inner: makes the protocol that serves a connection.
         context: TLS of the server.
         bounds: of the connections.
+        refused: told the name of the error with which a connection is refused.
     """
 
-    def __init__(self, inner: Callable[[], asyncio.Protocol], context: ssl.SSLContext, bounds: Bounds) -> None:
+    def __init__(
+        self,
+        inner: Callable[[], asyncio.Protocol],
+        context: ssl.SSLContext,
+        bounds: Bounds,
+        refused: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.bounds = bounds
+        self._refused = refused
         self._inner = inner
         self._context = context
         self._open = 0
+        self._guards: set[_Guard] = set()
         self._unreported = 0
         self._reported_at = -_REPORT_EVERY_S
 
@@ -93,6 +119,7 @@ class Door:
         *Cancellation:* handshakes end; connections that are open stay open.
         """
         async with asyncio.TaskGroup() as handshakes:
+            handshakes.create_task(self._sweep())
             while True:
                 try:
                     connection = await _accepted(listening)
@@ -102,6 +129,7 @@ class Door:
                     continue
                 if self._open >= self.bounds.connections:
                     connection.close()
+                    self._refused(TooManyConnections.__name__)
                     self._report("too_many_connections", f"{self._open} are open")
                     continue
                 self._open += 1
@@ -124,11 +152,25 @@ class Door:
             events.emit("internal_fault", level="error", exc_info=True)
         finally:
             if guard is None or not guard.entered:
-                self.leave()
+                self.leave(None)
 
-    def leave(self) -> None:
-        """Counts a closed connection."""
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.bounds.sweep_s)
+            now_s = loop.time()
+            for guard in [guard for guard in self._guards if guard.due_s <= now_s]:
+                guard.abort()
+
+    def enter(self, guard: _Guard) -> None:
+        """Looks after a connection whose handshake has ended."""
+        self._guards.add(guard)
+
+    def leave(self, guard: _Guard | None) -> None:
+        """Counts a closed connection, or one whose handshake failed."""
         self._open -= 1
+        if guard is not None:
+            self._guards.discard(guard)
 
     def _report(self, event: str, detail: str) -> None:
         """At most one event a second: whoever knocks must not be able to fill the disk."""
@@ -153,6 +195,12 @@ def request_ended(transport: asyncio.BaseTransport | None) -> None:
         guard.working(-1)
 
 
+def hurry(transport: asyncio.BaseTransport, seconds: float) -> None:
+    """The first request of this connection is waited for no longer than this."""
+    if (guard := _guard_of(transport)) is not None:
+        guard.allow(seconds)
+
+
 def _guard_of(transport: asyncio.BaseTransport | None) -> _Guard | None:
     if transport is None or transport.is_closing():  # a TLS transport that was closed has no protocol to ask for
         return None
@@ -161,58 +209,68 @@ def _guard_of(transport: asyncio.BaseTransport | None) -> _Guard | None:
 
 
 class _Guard(asyncio.Protocol):
-    """One connection: passes everything on and watches the time between requests."""
+    """One connection: passes everything on, and notes until when its peer has to do something."""
 
     def __init__(self, door: Door, inner: asyncio.Protocol) -> None:
         self.entered = False
         self._door = door
         self._inner = inner
         self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._time = asyncio.get_running_loop().time
+        self._asks_until_s = _NEVER
+        self._reads_until_s = _NEVER
         self._working = 0
         self._in_headers = False
+
+    @property
+    def due_s(self) -> float:
+        """When the connection is closed if nothing changes, by the loop's clock."""
+        return min(self._asks_until_s, self._reads_until_s)
+
+    def abort(self) -> None:
+        """Closes the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.entered = True
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(self._door.bounds.write_buffer)
+        self._door.enter(self)
+        self.allow(self._door.bounds.idle_s)
         self._inner.connection_made(transport)
-        self._allow(self._door.bounds.idle_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._door.leave()
-        self._stop_timer()
+        self._door.leave(self)
         self._transport = None
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._working == 0 and not self._in_headers:
             self._in_headers = True
-            self._allow(self._door.bounds.headers_s)
+            self.allow(self._door.bounds.headers_s)
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
+        self._reads_until_s = self._time() + self._door.bounds.write_s
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
+        self._reads_until_s = _NEVER
         self._inner.resume_writing()
 
     def working(self, change: int) -> None:
         """A request began (1) or ended (-1)."""
         self._working += change
         self._in_headers = False
-        self._stop_timer()
-        if self._working == 0:
-            self._allow(self._door.bounds.idle_s)
+        if self._working:
+            self._asks_until_s = _NEVER
+        else:
+            self.allow(self._door.bounds.idle_s)
 
-    def _allow(self, seconds: float) -> None:
-        self._stop_timer()
-        if self._transport is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def allow(self, seconds: float) -> None:
+        """The peer has so long for what it does next."""
+        self._asks_until_s = self._time() + seconds

@@ -7,7 +7,7 @@
       ProtocolError               MalformedMessage, UnsupportedVersion, MessageTooLarge
       TransportError              PeerUnreachable, DeadlineExceeded, CertificateExpired  (retryable), PeerRefusedUs,
                                   LocalRefusal
-      Overloaded                  PoolFull, ShareExhausted, WouldBeLate, ShuttingDown, NotReady
+      Overloaded                  PoolFull, ShareExhausted, WouldBeLate, TooManyConnections, ShuttingDown, NotReady
                                   (retryable, retry_after_s)
       Refused                     NotYourGuest (unknown ones too), GuestNotHere, SelectionNotAllowed, AccessDenied
       BatchFailed                 carries batch id and cause                           (retryable)
@@ -150,6 +150,10 @@ class ShareExhausted(Overloaded):
 
 class WouldBeLate(Overloaded):
     """The request cannot be served in the time in which an answer is of use: refused at once rather than late."""
+
+
+class TooManyConnections(Overloaded):
+    """This party has as many connections open as it may, or the service has."""
 
 
 class ShuttingDown(Overloaded):

@@ -77,6 +77,7 @@ class Identities:
         self._authorities = dict(authorities)
         self._roles = {name: frozenset(Role) for name in authorities}
         self._cache: dict[bytes, Peer] = {}
+        self._signers: dict[bytes, str | None] = {}
 
     def add(self, name: str, certificate: x509.Certificate, *, roles: Collection[Role] = TENANT_ROLES) -> None:
         """Adds an authority, or replaces the one of this name.
@@ -88,17 +89,34 @@ class Identities:
         """
         self._authorities[name] = certificate
         self._roles[name] = frozenset(roles)
-        self._cache.clear()
+        self._forget()
 
     def remove(self, name: str) -> None:
         """Forgets an authority: its certificates are refused from now on."""
         self._authorities.pop(name, None)
+        self._forget()
+
+    def _forget(self) -> None:
         self._cache.clear()
+        self._signers.clear()
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the known authorities."""
         return frozenset(self._authorities)
+
+    def authority(self, certificate: bytes) -> str | None:
+        """Name of the authority whose key signed a certificate (DER), whatever it says; None when none is known."""
+        if certificate not in self._signers:
+            if len(self._signers) >= _CACHED:
+                self._signers.clear()
+            try:
+                self._signers[certificate] = authority_of(
+                    x509.load_der_x509_certificate(certificate), self._authorities
+                )
+            except (ValueError, x509.InvalidVersion):
+                self._signers[certificate] = None
+        return self._signers[certificate]
 
     def peer(self, certificate: bytes) -> Peer:
         """Owner of a certificate that the TLS layer has accepted.

@@ -14,7 +14,8 @@ envelope, or a response of its own.
 Invariants:
     1. Every route names the roles that may call it; everybody else is answered 403.
     2. Every answer is an envelope with ``Cache-Control: no-store``; an unknown exception is one neutral sentence.
-    3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing (`door`).
+    3. A request that is larger or slower than its bound is cut off; so is a connection that asks for nothing, or whose
+       peer does not read (`door`). No authority can take the others' connections (`web_connection`).
     4. A server stops within five seconds, whatever its handlers and peers do.
     5. The tasks that accept connections and watch the certificate live as long as the server: the end of one is the
        server's, and its caller's.
@@ -52,8 +53,11 @@ from harness.metrics import Metrics
 from harness.own_certificate import RENEWAL, Audit, OwnCertificate, to_events
 from harness.pki import Role, now
 from harness.tls import Identities, Peer, server_context
+from harness.web_answer import BODY_LIMIT, LINE_LIMIT, answer, answer_success
+from harness.web_call import CALL, Call
 from harness.web_channel import CLOSE_S, FRAME_LIMIT, HEARTBEAT_S, Channel
-from harness.web_envelope import BODY_LIMIT, JITTER, LINE_LIMIT, OPENED, Connection, answer, answer_success, envelope
+from harness.web_connection import Connection, Shares, certificate_of
+from harness.web_envelope import JITTER, OPENED, envelope
 from harness.web_metrics import METRICS, counted, figures
 
 DEADLINE_S = 35.0
@@ -63,8 +67,8 @@ _BACKLOG = 512
 _BOUNDS = Bounds()
 ANSWERED_S = 1.2
 """A call that has not ended by then is answered 503 when the server stops: before aiohttp cuts it off."""
-_CALLS: web.AppKey[set[asyncio.Timeout]] = web.AppKey("calls")
-_STOPPING: web.AppKey[asyncio.Event] = web.AppKey("stopping", asyncio.Event)
+_CALLS: web.AppKey[set[Call]] = web.AppKey("calls")
+_IDENTITIES: web.AppKey[Identities] = web.AppKey("identities", Identities)
 _CHANNELS: web.AppKey[weakref.WeakKeyDictionary[web.WebSocketResponse, Peer]] = web.AppKey("channels")
 _AUDIT: web.AppKey[Audit] = web.AppKey("audit")
 _OWN: web.AppKey[OwnCertificate] = web.AppKey("own certificate", OwnCertificate)
@@ -153,7 +157,7 @@ def application(
         jitter: of Retry-After.
     """
     app = web.Application(middlewares=[envelope, counted], client_max_size=BODY_LIMIT)
-    app[_CALLS], app[_STOPPING], app[_AUDIT] = set(), asyncio.Event(), audit
+    app[_CALLS], app[_IDENTITIES], app[_AUDIT] = set(), identities, audit
     app[_CHANNELS] = weakref.WeakKeyDictionary()
     app[JITTER] = jitter or random.SystemRandom()
     app[METRICS] = metrics or Metrics(service)
@@ -210,49 +214,31 @@ def _guarded(route: Route, identities: Identities) -> Callable[[web.Request], Aw
     roles = frozenset(route.roles)
 
     async def call(request: web.Request) -> web.StreamResponse:
-        peer = request[_PEER] = identities.peer(_certificate(request))
+        peer = request[_PEER] = identities.peer(certificate_of(request))
         if peer.role not in roles or route.authority not in {None, peer.authority}:
             raise AccessDenied(f"a {peer.role.value} of {peer.authority} may not call {route.method} {route.path}")
+        calls = request.app[_CALLS] if route.deadline_s is not None else set()  # a channel is closed at a stop
         try:
-            async with asyncio.timeout(route.deadline_s) as deadline, _known(request.app, deadline, route):
-                results = await route.handler(request)
+            async with asyncio.timeout(route.deadline_s) as deadline:
+                made = request[CALL] = Call(deadline)
+                calls.add(made)
+                try:
+                    results = await route.handler(request)
+                finally:
+                    calls.discard(made)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            if request.app[_STOPPING].is_set():
-                raise ShuttingDown("the service is stopping") from error
-            raise DeadlineExceeded(f"the call took more than {route.deadline_s} s") from error
+            late = DeadlineExceeded(f"the call took more than {route.deadline_s} s")
+            raise (made.refusal or late) from error
         return results if isinstance(results, web.StreamResponse) else answer_success(results)
 
     return call
 
 
-@asynccontextmanager
-async def _known(app: web.Application, deadline: asyncio.Timeout, route: Route) -> AsyncIterator[None]:
-    """The call is bounded too when the server stops; a channel is closed then (`_close_channels`)."""
-    calls = app[_CALLS] if route.deadline_s is not None else set()
-    calls.add(deadline)
-    try:
-        yield
-    finally:
-        calls.discard(deadline)
-
-
 async def _bound_calls(app: web.Application) -> None:
-    app[_STOPPING].set()
-    until = asyncio.get_running_loop().time() + ANSWERED_S
-    for deadline in app[_CALLS]:
-        if not deadline.expired():
-            when = deadline.when()
-            deadline.reschedule(until if when is None else min(when, until))
-
-
-def _certificate(request: web.Request) -> bytes:
-    connection = request.transport.get_extra_info("ssl_object") if request.transport else None
-    certificate = connection.getpeercert(binary_form=True) if connection else None
-    if not certificate:
-        raise AccessDenied("a client certificate is required")
-    return bytes(certificate)
+    for call in app[_CALLS]:
+        call.end(ShuttingDown("the service is stopping"), within_s=ANSWERED_S)
 
 
 async def accept_channel(request: web.Request, *, limit: int = FRAME_LIMIT) -> tuple[Channel, web.WebSocketResponse]:
@@ -338,14 +324,16 @@ async def serve(
         await runner.setup()
         if runner.server is None:
             raise RuntimeError("a runner that was set up has a server")
+        refused = app[METRICS].refused
         connection = functools.partial(
             Connection,
             runner.server,
+            Shares(app[_IDENTITIES], lambda: own.authority, bounds, refused),
             loop=asyncio.get_running_loop(),
             max_line_size=LINE_LIMIT,
             max_field_size=LINE_LIMIT,
         )
-        accepting = Door(connection, context, bounds).run(listening)
+        accepting = Door(connection, context, bounds, refused).run(listening)
         watching = CertificateWatch(own, app[_AUDIT], lambda: _close_expired(app)).run()
         try:
             async with _beside(accepting, watching):

@@ -38,6 +38,7 @@ _FROM_PEER: dict[str, Callable[[str, float], HarnessError]] = {
     "PoolFull": lambda detail, wait_s: errors.PoolFull(detail, retry_after_s=wait_s),
     "ShareExhausted": lambda detail, wait_s: errors.ShareExhausted(detail, retry_after_s=wait_s),
     "WouldBeLate": lambda detail, wait_s: errors.WouldBeLate(detail, retry_after_s=wait_s),
+    "TooManyConnections": lambda detail, wait_s: errors.TooManyConnections(detail, retry_after_s=wait_s),
     "ShuttingDown": lambda detail, wait_s: errors.ShuttingDown(detail, retry_after_s=wait_s),
     "NotReady": lambda detail, wait_s: errors.NotReady(detail, retry_after_s=wait_s),
     "BatchFailed": lambda detail, _: errors.BatchFailed(detail, batch_id=""),

@@ -41,6 +41,7 @@ from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, 
 from harness.tls import Peer
 from harness.values import Nonce, parse_host_id
 from harness.web import Route, peer_of, read_object
+from harness.web_call import Call, call_of
 
 ENROLMENTS_PER_TENANT = 6
 
@@ -70,7 +71,7 @@ class Proxy:
         self._enrolling: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._tenants: Mapping[str, str] = {}
-        self._in_work: dict[str, set[asyncio.Timeout]] = {}
+        self._in_work: dict[str, set[Call]] = {}
 
     def follow(self, tenants: Mapping[str, str]) -> None:
         """Ends what tenants have in work that are none any more.
@@ -79,8 +80,8 @@ class Proxy:
             tenants: CA certificate (PEM) by tenant.
         """
         for name in [name for name, pem in self._tenants.items() if tenants.get(name) != pem]:
-            for leash in self._in_work.pop(name, ()):
-                leash.reschedule(asyncio.get_running_loop().time())
+            for call in self._in_work.pop(name, ()):
+                call.end(AccessDenied("this tenant was removed"))
         self._tenants = dict(tenants)
         self._figures.follow(tenants)
 
@@ -109,7 +110,7 @@ class Proxy:
             peer = peer_of(request)
             try:
                 with self._figures.call(peer.authority):
-                    return await self._while_known(peer.authority, handler(request, peer))
+                    return await self._while_known(peer.authority, call_of(request), handler(request, peer))
             except HarnessError as error:
                 name = type(error).__name__
                 self._refusals[name] += 1
@@ -120,19 +121,17 @@ class Proxy:
 
         return call
 
-    async def _while_known(self, tenant: str, work: Awaitable[object]) -> object:
+    async def _while_known(self, tenant: str, call: Call, work: Awaitable[object]) -> object:
+        in_work = self._in_work.setdefault(tenant, set())
+        in_work.add(call)
         try:
-            async with asyncio.timeout(None) as leash:
-                in_work = self._in_work.setdefault(tenant, set())
-                in_work.add(leash)
-                try:
-                    return await work
-                finally:
-                    in_work.discard(leash)
-        except TimeoutError as error:
-            if not leash.expired():
+            return await work
+        except asyncio.CancelledError as ended:
+            if call.refusal is None:
                 raise
-            raise AccessDenied("this tenant was removed") from error
+            raise call.refusal from ended
+        finally:
+            in_work.discard(call)
 
     async def _verifier(self, request: web.Request, peer: Peer) -> object:
         until_s = self._clock.monotonic() + parse_wait(request.headers.getall(PREFER, ()))

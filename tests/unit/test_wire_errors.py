@@ -25,6 +25,7 @@ STATUSES: list[tuple[HarnessError, int, float | None]] = [
     (errors.PoolFull("x", retry_after_s=2.5), 503, 2.5),
     (errors.ShareExhausted("x"), 503, 1.0),
     (errors.WouldBeLate("x", retry_after_s=4.0), 503, 4.0),
+    (errors.TooManyConnections("x"), 503, 1.0),
     (errors.ShuttingDown("x"), 503, 1.0),
     (errors.NotReady("x"), 503, 1.0),
     (errors.BatchFailed("x", batch_id="b"), 503, 1.0),
@@ -54,7 +55,7 @@ def test_every_error_has_its_status(error: HarnessError, status: int, wait_s: fl
 
 
 TRAVELS = {
-    "PoolFull", "ShareExhausted", "WouldBeLate", "ShuttingDown", "NotReady", "BatchFailed", "NotYourGuest",
+    "PoolFull", "ShareExhausted", "WouldBeLate", "TooManyConnections", "ShuttingDown", "NotReady", "BatchFailed", "NotYourGuest",
     "GuestNotHere", "NotFound", "SelectionNotAllowed", "AccessDenied", "Conflict", "UnacceptableKey",
     "CertificateRefused", "ChallengeFailed", "KeyChanged", "CloneSuspected", "CertificateExpired",
 }  # fmt: skip

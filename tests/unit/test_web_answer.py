@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from harness.web_envelope import retry_after
+from harness.web_answer import retry_after
 
 
 @pytest.mark.parametrize(
