@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from harness.provider.host_links import HostLinks, over_tls
 from harness.provider.keys import HostKeys
 from harness.provider.proxy_routes import Proxy
 from harness.provider.stream_routes import Quoting
+from harness.sim.tpm_proxy import TpmProxy
 from harness.tenant.appraisal import Accepted, HostTrust, Rejected, SentRequest, appraise_host
 from harness.tenant.policy import Policy
 from harness.tls import certificate_requester, identities_of
@@ -33,6 +34,8 @@ from tests.support.batching import WAIT_S, FakeResidency
 from tests.support.pendings import a_request
 from tests.support.tpms import blank_swtpm
 
+TpmUser = Callable[[Path], AbstractAsyncContextManager[TpmProxy]]
+"""Starts something between a TPM's socket and its users."""
 CA_CERTIFICATE = b"stands for the vTPM CA's certificate"
 
 
@@ -148,12 +151,19 @@ async def provider_lab(
     ak: str = "ecc256",
     allowlists: Mapping[str, PcrSelection] | None = None,
     batch: BatchSettings | None = None,
+    tpm_user: TpmUser | None = None,
 ) -> AsyncIterator[ProviderLab]:
-    """A provider with one host and these tenants, each with an allowlist of PCR 0 to 15 unless given."""
+    """A provider with one host and these tenants, each with an allowlist of PCR 0 to 15 unless given.
+
+    With a ``tpm_user``, that is between the host agent and its TPM.
+    """
     pki = Pki.make(folder / "pki", *tenants)
     async with AsyncExitStack() as stack:
         process = await stack.enter_async_context(blank_swtpm(folder))
-        tpm = await stack.enter_async_context(await Tpm.open(process.tcti))
+        tcti = process.tcti
+        if tpm_user is not None:
+            tcti = (await stack.enter_async_context(tpm_user(folder / "back"))).tcti
+        tpm = await stack.enter_async_context(await Tpm.open(tcti))
         keys = await HostKeys.provision(tpm, folder / "agent", ak=ak)
         residency = FakeResidency()
         agent_metrics = Metrics("host-agent")
