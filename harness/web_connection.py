@@ -2,8 +2,8 @@
 
 Invariants:
     1. An authority that is not the service's own has at most `Bounds.per_authority` connections that are served. One
-       more is answered `TooManyConnections` once, and closed; `SURPLUS` of those may be open, any further one is cut off.
-       So no tenant can take the others' connections.
+       more is answered `TooManyConnections` once, and closed; up to `SURPLUS` of those are open, the next is cut off at
+       once. So no tenant can take the others' connections.
     2. A connection counts for the authority whose key signed its certificate, whatever else the certificate says.
     3. What never gets as far as the application is answered with an envelope as well.
 
