@@ -24,6 +24,8 @@ from pathlib import Path
 
 from harness.errors import SimulatorCrashed, SimulatorMissing
 
+STATE_FILE = "tpm2-00.permall"
+"""Where swtpm keeps a TPM 2.0, in its state directory."""
 SOCKET_PATH_LIMIT = 107
 """Bytes of a UNIX socket path (unix(7): 108 with the terminator); ``.ctrl`` is part of it."""
 _START_S = 10.0

@@ -30,6 +30,7 @@ from harness import events
 from harness.errors import CloneSuspected, GuestNotHere, MalformedMessage, NotReady
 from harness.provider.guests import RUNNING, GuestCache
 from harness.provider.journal import Journal, Seen
+from harness.swtpm import STATE_FILE
 from harness.values import AgentId
 
 
@@ -99,7 +100,7 @@ class GuestResidency:
         """
         number = await self._cache.off(agent_id)
         await self._journal.unsee(agent_id)
-        state = state_dir / "tpm2-00.permall"
+        state = state_dir / STATE_FILE
         try:
             status = await asyncio.to_thread(os.stat, state)
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte

@@ -20,11 +20,10 @@ import tempfile
 from pathlib import Path
 
 from harness.errors import DeviceUnavailable, MalformedMessage, SimulatorCrashed
-from harness.swtpm import SwtpmProcess
+from harness.swtpm import STATE_FILE, SwtpmProcess
 from harness.tpm import Tpm
 from harness.tpm_templates import KeyTemplate
 
-STATE = "tpm2-00.permall"
 _DEADLINE_S = 20.0
 _STATE_LIMIT = 4 * 1024 * 1024
 
@@ -44,7 +43,7 @@ async def read_ek(state_dir: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="ek") as name:
         folder = Path(name)
         try:
-            await asyncio.to_thread(_copy, state_dir / STATE, folder / "tpm" / STATE)
+            await asyncio.to_thread(_copy, state_dir / STATE_FILE, folder / "tpm" / STATE_FILE)
         except OSError as error:
             raise MalformedMessage(f"{state_dir}: vTPM state cannot be read: {error.strerror}") from error
         swtpm = SwtpmProcess(folder / "tpm", folder / "s", folder / "log")
@@ -57,7 +56,7 @@ async def read_ek(state_dir: Path) -> bytes:
                     return await _digest(tpm)
         except SimulatorCrashed as error:
             why = error.detail.partition("; see ")[0]  # the copy's log is gone in a moment
-            raise SimulatorCrashed(f"{state_dir / STATE}: no swtpm starts on a copy: {why}") from error
+            raise SimulatorCrashed(f"{state_dir / STATE_FILE}: no swtpm starts on a copy: {why}") from error
         except TimeoutError as error:
             raise DeviceUnavailable(f"the EK was not read within {_DEADLINE_S:g} s") from error
         finally:

@@ -9,7 +9,6 @@ Spec: TCG PC Client Platform Firmware Profile 1.05, 3.3.4 (what goes into which 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +128,7 @@ async def replay(scenario: Scenario, tpm: Extender) -> None:
 
 def _beside(name_or_path: str | Path, base: str) -> str:
     """Where ``base`` is: an own file names another file beside it, or a scenario of the package."""
-    own = Path(name_or_path)
-    return str(own.parent / base) if re.search(r"\.", base) else base
+    return str(Path(name_or_path).parent / base) if files.is_own(base) else base
 
 
 def _event(event: _Event, where: str) -> BootEvent:

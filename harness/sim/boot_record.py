@@ -17,6 +17,7 @@ from pathlib import Path
 from harness.errors import ConfigError, ProtocolError, SimulationError
 from harness.messages import parse_json
 from harness.private_file import write_private
+from harness.sim import files
 
 FILE = "boot.json"
 _LIMIT = 64 * 1024
@@ -62,7 +63,7 @@ class BootRecord:
         Raises:
             SimulationError: it cannot be kept; the file is as before.
         """
-        kept = str(Path(booted).absolute()) if "/" in booted or Path(booted).suffix else booted
+        kept = str(Path(booted).absolute()) if files.is_own(booted) else booted
         try:
             write_private(self._path, json.dumps({"configured": self._configured, "booted": kept}).encode())
         except OSError as error:

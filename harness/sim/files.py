@@ -24,19 +24,25 @@ def names(folder: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yml") for entry in entries if entry.name.endswith(".yml"))
 
 
+def is_own(name_or_path: str | Path) -> bool:
+    """Whether this is the path of an own file (anything with a slash or a suffix), and not a name from `names`."""
+    text = str(name_or_path)
+    return "/" in text or bool(Path(text).suffix)
+
+
 def load(folder: str, name_or_path: str | Path, model: type[M]) -> M:
     """Content of one file.
 
     Args:
         folder: ``profiles`` or ``scenarios``.
-        name_or_path: a name from `names`, or the path of an own file (anything with a slash or a suffix).
+        name_or_path: a name from `names`, or the path of an own file (`is_own`).
         model: what it must contain.
 
     Raises:
         ConfigError: unknown name, unreadable file, not YAML, or not this model.
     """
     text = str(name_or_path)
-    if "/" in text or Path(text).suffix:
+    if is_own(text):
         return config.load(Path(text), model)
     if text not in names(folder):
         raise ConfigError(f"{folder}: {text!r} is not one of {', '.join(names(folder))}")

@@ -35,14 +35,12 @@ from harness.sim.profiles import load_profile
 from harness.sim.swtpm import manufacture
 from harness.sim.tpm_proxy import TpmProxy
 from harness.sim.vendor import EK_CERTIFICATE_RSA2048, open_vendor
-from harness.swtpm import SwtpmProcess
+from harness.swtpm import STATE_FILE, SwtpmProcess
 from harness.tpm import Tpm
 from harness.unix_server import UnixServer
 
 _LAST_COMMAND_S = 1.5
 """For the command in flight when the service is told to stop, which has five seconds for everything."""
-
-_STATE_FILE = "tpm2-00.permall"
 _WAY_BACK = (
     "put a copy from a backup in its place, or move the folder {} away: a new TPM with new keys is made at the next "
     "start, and every tenant enrols the host anew"
@@ -248,7 +246,7 @@ class HardwareTpm:
         self._proxy.release()
 
     async def _start_swtpm(self) -> None:
-        state = self._state / _STATE_FILE
+        state = self._state / STATE_FILE
         if not state.exists():  # swtpm would make a blank one, and nobody would know this host again
             raise SimulationError(f"{state}: the TPM's state is missing; {_WAY_BACK.format(self._state)}")
         try:

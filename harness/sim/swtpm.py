@@ -148,13 +148,9 @@ async def _run_while(lifeline: int, command: Sequence[str], log: Path, scratch: 
     finally:
         await _end(process)
     if process.returncode:
-        lines = (
-            (output + await asyncio.to_thread(_logged, log))
-            .decode(errors="replace")
-            .strip()
-            .splitlines()[-_LAST_LINES:]
-        )
-        raise SimulationError(f"swtpm_setup failed with code {process.returncode}: {' / '.join(lines)}")
+        said = output + await asyncio.to_thread(_logged, log)
+        lines = said.decode(errors="replace").strip().splitlines()
+        raise SimulationError(f"swtpm_setup failed with code {process.returncode}: {' / '.join(lines[-_LAST_LINES:])}")
 
 
 def _logged(log: Path) -> bytes:

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from harness.certificates import EK_OID
 from harness.errors import SimulationError
 from harness.private_file import write_private
 from harness.sim.profiles import TpmModel
@@ -38,7 +39,6 @@ ROOT_CERTIFICATE = "root.pem"
 """File in a vendor's folder: the certificate that tenants pin."""
 
 _ISSUING_CERTIFICATE, _ISSUING_KEY = "issuing.pem", "issuing.key"
-_EK_USE = x509.ObjectIdentifier("2.23.133.8.1")
 _TPM_MANUFACTURER, _TPM_MODEL, _TPM_VERSION = (x509.ObjectIdentifier(f"2.23.133.2.{i}") for i in (1, 2, 3))
 _DAY = datetime.timedelta(days=1)
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Vendor:
             .not_valid_after(now + 3650 * _DAY)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(key_encipherment=True), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([_EK_USE]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([EK_OID]), critical=False)
             # An empty subject makes the SAN critical (RFC 5280, 4.2.1.6).
             .add_extension(x509.SubjectAlternativeName([x509.DirectoryName(identity)]), critical=True)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)

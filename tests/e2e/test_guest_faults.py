@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import LocalRefusal
-from harness.provider import scratch
 from harness.sim.boot import Scenario, reference_values
+from harness.swtpm import STATE_FILE
 from harness.tpm import Tpm
 from harness.values import AgentId, HashAlg, PcrSelection
 from tests.support.fault_lab import FaultLab, eventually, fault_lab, free_port, kill, listens
@@ -191,7 +191,7 @@ async def test_a_truncated_vtpm_is_named_and_harms_no_other_guest(lab: FaultLab)
     for agent_id in (GUEST, OTHER):
         await lab.ask("start", agent_id)
     await lab.ask("stop", GUEST)
-    state = lab.state_dir(GUEST) / scratch.STATE
+    state = lab.state_dir(GUEST) / STATE_FILE
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(LocalRefusal, match=r"guest vm: .*permall: no swtpm starts.*Invalid magic") as caught:

@@ -35,7 +35,7 @@ from harness.provider import scratch
 from harness.provider.keys import HostKeys
 from harness.provider.vtpm_ca import spki_digest
 from harness.sim.swtpm import manufacture
-from harness.swtpm import SwtpmProcess
+from harness.swtpm import STATE_FILE, SwtpmProcess
 from harness.tpm import Tpm
 from harness.tpm_templates import KeyTemplate
 from harness.values import AgentId
@@ -394,7 +394,7 @@ async def test_a_state_that_is_no_vtpm_is_a_clear_error(host: VtpmHost) -> None:
     await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(state))
     broken = host.folder / "broken"
     shutil.copytree(state, broken)
-    (broken / scratch.STATE).write_bytes(b"no state of a TPM")
+    (broken / STATE_FILE).write_bytes(b"no state of a TPM")
     with pytest.raises(LocalRefusal) as refused:
         await host.ask(op="starting", agent_id=str(GUEST), state_dir=str(broken))
     assert refused.value.error in {"SimulatorCrashed", "DeviceFault", "DeviceUnavailable"}
@@ -403,7 +403,7 @@ async def test_a_state_that_is_no_vtpm_is_a_clear_error(host: VtpmHost) -> None:
 
 async def test_a_state_file_that_is_too_large_is_not_copied(folder: Path) -> None:
     """A sparse file of many gigabytes does not fill the host's disk."""
-    with (folder / scratch.STATE).open("wb") as file:
+    with (folder / STATE_FILE).open("wb") as file:
         file.truncate(1 << 33)
     with pytest.raises(MalformedMessage, match="bytes"):
         await scratch.read_ek(folder)
