@@ -1,7 +1,7 @@
 # The commands of this project; `make` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-for-tests demo test lint soak clean distclean
+.PHONY: help setup setup-for-tests demo test lint soak bench clean distclean
 
 BIN := .venv/bin
 
@@ -25,6 +25,11 @@ lint: setup ## the quick checks: format, lint, types
 
 soak: setup-for-tests ## kill the processes of a running lab at random (FOR=600), and see it recover
 	@HARNESS_SOAK_S=$(or $(FOR),600) $(BIN)/python tools/pythons.py tox -e soak $(ARGS)
+
+bench: setup ## measure what is promised, beside yardsticks of the same run; about ten minutes (ARGS="--quick")
+	@$(BIN)/python -c 'import pymerkle' 2>/dev/null && [ -x $(BIN)/py-spy ] || \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/harness bench all $(ARGS)
 
 clean: ## remove what tests and builds left behind; .venv stays
 	@rm -rf .tox build dist .coverage .coverage.* coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis

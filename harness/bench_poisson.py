@@ -93,7 +93,9 @@ async def _times(
     for begin, end in cuts:
         batches = await bench.batches(begin, end)
         busy.append(busy_s(batches))
-        quotes.append(sum(batch.tpm_quotes for batch in batches) * busy[-1] / (end - begin))
+        if len(batches) > 1:
+            between_s = (batches[-1].at_s - batches[0].at_s) / sum(batch.tpm_quotes for batch in batches[1:])
+            quotes.append(busy[-1] / between_s)
         requests.append(sum(batch.requests for batch in batches) / sum(batch.tpm_quotes for batch in batches))
     latencies = [times for cut in cuts if (times := answered(outcome, *cut))]
     loaded = Sample.of(busy).scaled(MS)
@@ -108,7 +110,7 @@ async def _times(
         at_most(f"{rate}: response time p50", p50, unit="ms", limit=P50_LIMIT, baseline=loaded, of="L"),
         at_most(f"{rate}: response time p99", p99, unit="ms", limit=P99_LIMIT, baseline=loaded, of="L"),
         at_most(f"{rate}: requests without an answer", Sample.of([failed]), unit="requests", limit=0),
-        at_most(f"{rate}: TPM quotes per L", Sample.of(quotes), unit="quotes", limit=1),
+        at_most(f"{rate}: TPM quotes per L", sample_of(quotes, "quotes"), unit="quotes", limit=1),
         at_least(f"{rate}: requests per quote", Sample.of(requests), unit="requests", limit=least),
     )
     whole = [time for times in latencies for time in times]

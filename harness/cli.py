@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from harness import __version__, cli_complete, cli_db, cli_exit, cli_lab, cli_provider, cli_tenant
+from harness import __version__, cli_bench, cli_complete, cli_db, cli_exit, cli_lab, cli_provider, cli_tenant
 from harness.cli_help import AsJson, examples
 
 app = typer.Typer(
@@ -141,3 +141,4 @@ app.add_typer(cli_lab.app, name="lab")
 app.add_typer(cli_tenant.app, name="tenant")
 app.add_typer(cli_provider.app, name="provider")
 app.add_typer(cli_db.app, name="db")
+app.add_typer(cli_bench.app, name="bench")

@@ -99,3 +99,10 @@ def scenarios(incomplete: str) -> list[str]:
     from harness.sim import files
 
     return _starting(files.names("scenarios"), incomplete)
+
+
+def chips(incomplete: str) -> list[str]:
+    """Latency profiles of TPM chips that the package brings."""
+    from harness.sim import files
+
+    return _starting(files.names("profiles"), incomplete)
