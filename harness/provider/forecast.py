@@ -45,7 +45,7 @@ class Forecast:
         """It is done with the pool; ``quoted``: the TPM made a quote."""
         if quoted and self._begun_s is not None:
             self._times.append(now_s - self._begun_s)
-            self.batch_s = statistics.median(self._times)
+            self.batch_s = statistics.median_low(self._times)
         self._begun_s = None
 
     def working_s(self, now_s: float) -> float:

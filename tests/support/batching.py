@@ -37,11 +37,11 @@ class FakeQuoter:
         self.quotes: Callable[[SealedBatch], Awaitable[Quote]] | None = None
         self.asked: Callable[[SealedBatch], None] = lambda batch: None
         self._turns = turns
-        self._gate = asyncio.Event()
+        self._open = not held
+        self._steps = 0
+        self._moved = asyncio.Event()
         self._arrived = asyncio.Event()
         self._busy = False
-        if not held:
-            self._gate.set()
 
     async def quote_batch(self, batch: SealedBatch) -> Quote:
         assert not self._busy, "two quotes at once"
@@ -56,7 +56,7 @@ class FakeQuoter:
             await settle(self._turns())
             if number in self.faults_before:
                 raise self.faults_before[number]
-            await self._gate.wait()
+            await self._pass()
             quote = self.tpm.quote_batch(batch) if self.quotes is None else await self.quotes(batch)
             await settle(self._turns())
             if number in self.faults_after:
@@ -65,18 +65,25 @@ class FakeQuoter:
         finally:
             self._busy = False
 
+    async def _pass(self) -> None:
+        while not self._open and not self._steps:
+            self._moved.clear()
+            await self._moved.wait()
+        self._steps = max(0, self._steps - 1)
+
     def hold(self) -> None:
         """The next quote stops before the TPM."""
-        self._gate.clear()
+        self._open, self._steps = False, 0
 
     def let_go(self) -> None:
         """The quote that waits, and later ones, go on."""
-        self._gate.set()
+        self._open = True
+        self._moved.set()
 
     def step(self) -> None:
-        """The quote that waits goes on; the next one stops again."""
-        self._gate.set()
-        self._gate.clear()
+        """The quote that waits, or is about to, goes on; the next one stops again."""
+        self._open, self._steps = False, 1
+        self._moved.set()
 
     async def arrival(self, count: int) -> None:
         """Returns when the ``count``-th quote has been asked for."""

@@ -21,6 +21,7 @@ from tests.support.soft_tpm import SoftTpm
 
 RESIDENCY_S = 2.0
 _MOST_TURNS = 3
+_LONG_S = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,7 @@ class Bench:
 
     async def pass_time(self, seconds: float, *, step_s: float) -> None:
         """Lets time pass in steps, and after each one everything happen that can."""
+        await settle()
         for _ in range(round(seconds / step_s)):
             self.clock.advance(step_s)
             await settle()
@@ -208,6 +210,8 @@ async def bench(
         batcher.stop()
         quoter.let_go()
         residency.gate.set()
+        clock.frozen = False
+        clock.advance(_LONG_S)
         async with asyncio.timeout(WAIT_S):
             await asyncio.gather(owner, *made.tasks, return_exceptions=True)
     made.judge(builder.limit)
