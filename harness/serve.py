@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -30,6 +31,7 @@ STOP_S = 4.5
 _GUESTS_STOP_S = 28.0
 """The guest manager's, however many guests it has: each of them is shut down, and none is left without its manager."""
 EXIT_OVERDUE = 3
+_YOUNG_OBJECTS = 20_000
 
 
 class Service(Protocol):
@@ -103,8 +105,20 @@ def run(
     settings = settings_module.load(config, getattr(settings_module, entry.settings))
     _log_to(service, settings.log, log)
     made = cast(Service, getattr(importlib.import_module(entry.module), entry.service)(settings))
+    _spare_the_collector()
     if not told.heard:
         asyncio.run(_until_told(made, sock, told, lifeline, stop_s=entry.stop_s))
+
+
+def _spare_the_collector() -> None:
+    """Keeps Python's cycle collector from looking at the same objects again and again.
+
+    What was imported stays for good. And a service holds thousands of requests at a time, none of them in a cycle, that
+    would be looked at after every 700 new objects: without this it is a sixth of the CPU that a request costs.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
 
 def _log_to(service: str, settings: LogSettings, given: Path | None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,11 +26,12 @@ from harness.messages import compact, parse_json
 from harness.prefer import LONGEST_WAIT_S
 from harness.protocol import QuoteRequest
 from harness.provider.batch import PendingQuote
-from harness.values import HashAlg, Nonce, PcrSelection, parse_agent_id, parse_hex, parse_mask, pcrs_in
+from harness.values import HashAlg, Nonce, PcrSelection, parse_agent_id, parse_hex, parse_mask
 
 ORDER_LIMIT = 64 * 1024
 """Bytes of a frame to the host agent."""
 _ID_LIMIT = 1 << 53
+_MASK = re.compile(r"0x[0-9a-f]{1,6}")
 
 
 class Channel(Protocol):
@@ -182,10 +184,26 @@ def _parse_quote(frame: Mapping[str, object]) -> QuoteOrder:
             request=request,
             tenant=tenant,
             requester=parse_hex(_text(frame, "requester"), "requester", size=32),
-            allowlist=parse_allowlist(frame["allowlist"]),
+            allowlist=_masks_of(frame["allowlist"]),
             wait_s=_wait_of(frame),
         )
     )
+
+
+def _masks_of(value: object) -> PcrSelection:
+    """Allowlist from ``{bank: mask}``: shorter than a list of PCRs, and read with every request."""
+    if not isinstance(value, dict):
+        raise MalformedMessage("an allowlist must be an object of bank and mask")
+    try:
+        return PcrSelection(tuple((HashAlg.parse(bank), _mask_of(mask)) for bank, mask in value.items()))
+    except ValueError:
+        raise MalformedMessage("a mask of an allowlist must name PCRs from 0 to 23") from None
+
+
+def _mask_of(text: object) -> int:
+    if not isinstance(text, str) or not _MASK.fullmatch(text):
+        raise MalformedMessage("a mask of an allowlist must be 0x and lower-case hex digits")
+    return int(text, 16)
 
 
 def _wait_of(frame: Mapping[str, object]) -> float:
@@ -236,7 +254,7 @@ def _quote_members(pending: PendingQuote) -> dict[str, object]:
     members: dict[str, object] = {
         "op": "quote",
         "tenant": pending.tenant,
-        "allowlist": encode_allowlist(pending.allowlist),
+        "allowlist": {bank.text: f"0x{mask:x}" for bank, mask in pending.allowlist.banks},
         "nonce": request.nonce.value.hex(),
         "hash_alg": request.bank.text,
         "mask": f"0x{request.mask:x}",
@@ -265,11 +283,6 @@ def parse_allowlist(value: object) -> PcrSelection:
             raise MalformedMessage("an allowlist must list PCRs from 0 to 23")
         banks[HashAlg.parse(bank)] = pcrs
     return PcrSelection.from_lists(banks)
-
-
-def encode_allowlist(allowlist: PcrSelection) -> dict[str, list[int]]:
-    """``{bank: [pcr, ...]}``, the form in frames and in the provider's database."""
-    return {bank.text: list(pcrs_in(mask)) for bank, mask in allowlist.banks}
 
 
 def decode_base64(text: str, what: str) -> bytes:

@@ -21,7 +21,6 @@ from harness.provider.stream import (
     IdentityOrder,
     Order,
     QuoteOrder,
-    encode_allowlist,
     encode_order,
     frames_of,
     lines_of,
@@ -93,7 +92,20 @@ BAD_MEMBERS: list[tuple[str, list[object]]] = [
     ("agent_id", ["", "A0000000-0000-0000-0000-000000000001", "{}", 1]),
     ("binding", ["00" * 31, "00" * 33, ""]),
     ("wait_s", [0, -1, 30.5, 1e300, True, "3", None]),
-    ("allowlist", [[], "sha256", {"sha1": [0]}, {"sha256": [24]}, {"sha256": [-1]}, {"sha256": [True]}, {"sha256": 1}]),
+    (
+        "allowlist",
+        [
+            [],
+            "sha256",
+            {"sha1": "0x1"},
+            {"sha256": "0x0"},
+            {"sha256": "0x1000000"},
+            {"sha256": "1"},
+            {"sha256": [0]},
+            {"sha256": 1},
+            {"sha256": "0xF"},
+        ],
+    ),
     ("op", ["sign", "", None, 1]),
 ]
 
@@ -138,7 +150,16 @@ def test_a_damaged_credential_is_refused(credential: object) -> None:
 def test_allowlists_survive_the_wire() -> None:
     """Several banks, and none at all."""
     for allowlist in (PcrSelection(), PcrSelection.from_lists({HashAlg.SHA384: [1], HashAlg.SHA256: [0, 23]})):
-        assert parse_allowlist(json.loads(json.dumps(encode_allowlist(allowlist)))) == allowlist
+        order = QuoteOrder(pending=replace(a_request(), allowlist=allowlist))
+        assert read(json.loads(encode_order(1, order))) == (1, order)
+
+
+@pytest.mark.parametrize("value", [[], "sha256", {"sha1": [0]}, {"sha256": [24]}, {"sha256": [True]}, {"sha256": 1}])
+def test_an_operators_allowlist_lists_pcrs_of_known_banks(value: object) -> None:
+    """The form in which an operator states it, and in which it is stored."""
+    assert parse_allowlist({"sha256": [0, 23]}) == PcrSelection.from_lists({HashAlg.SHA256: [0, 23]})
+    with pytest.raises(MalformedMessage):
+        parse_allowlist(value)
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def test_every_error_has_its_status(error: HarnessError, status: int, wait_s: fl
 
 TRAVELS = {
     "PoolFull", "ShareExhausted", "WouldBeLate", "TooManyConnections", "ShuttingDown", "NotReady",
-    "BatchFailed", "NotYourGuest", "GuestNotHere", "NotFound", "SelectionNotAllowed", "AccessDenied", "Conflict", "UnacceptableKey",
+    "BatchFailed", "NotYourGuest", "GuestNotHere", "NotFound", "SelectionNotAllowed", "AccessDenied",
+    "Conflict", "UnacceptableKey",
     "CertificateRefused", "ChallengeFailed", "KeyChanged", "CloneSuspected", "CertificateExpired",
 }  # fmt: skip
 
