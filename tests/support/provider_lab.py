@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.attest import owner_qualified_name
 from harness.config import BatchSettings, Listen, TlsSettings
+from harness.errors import StoreError
 from harness.messages import VerifierQuery, verifier_query
 from harness.metrics import Metrics
 from harness.peer import PeerClient
@@ -66,7 +67,10 @@ class Pki:
 
 @dataclass(slots=True, kw_only=True)
 class ProviderLab:
-    """The running parts. ``records`` is what the provider's database would hold; a test may replace it."""
+    """The running parts. ``records`` is what the provider's database would hold; a test may replace it.
+
+    With a ``fault`` it cannot be read.
+    """
 
     pki: Pki
     tpm: Tpm
@@ -80,6 +84,7 @@ class ProviderLab:
     records: Snapshot
     proxy: Proxy
     admission: Admission
+    fault: StoreError | None = None
 
     @property
     def host_id(self) -> HostId:
@@ -179,6 +184,8 @@ async def provider_lab(
         links = await stack.enter_async_context(HostLinks(over_tls(verifier_tls, stack)))
 
         async def load() -> Snapshot:
+            if lab.fault is not None:
+                raise lab.fault
             return lab.records
 
         authorities: list[TenantAuthorities] = []
