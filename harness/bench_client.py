@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
         answered: told of every end of a request.
     """
 
-    __slots__ = ("_answered", "_buffer", "_need", "_start", "_status", "_transport", "busy", "tag", "tenant")
+    __slots__ = ("_answered", "_buffer", "_last", "_need", "_start", "_status", "_transport", "busy", "tag", "tenant")
 
     def __init__(self, tenant: int, answered: Answered) -> None:
         self.tenant = tenant
@@ -64,6 +64,7 @@ class Connection(asyncio.Protocol):
         self.busy = False
         self._answered = answered
         self._buffer = b""
+        self._last = False
         self._status = 0
         self._start = 0
         self._need = -1
@@ -121,12 +122,15 @@ class Connection(asyncio.Protocol):
         self._status = int(head[9:12])
         place = head.find(b"\r\ncontent-length:")
         length = int(head[place + 17 :].split(b"\r\n", 1)[0]) if place >= 0 else 0
+        self._last = b"\r\nconnection: close" in head
         self._start = end + 4
         self._need = self._start + length
         return True
 
     def _end(self, status: int, body: bytes) -> None:
         self.busy = False
+        if self._last:  # the peer closes it after this answer
+            self._transport = None
         self._answered(self, status, body)
 
 

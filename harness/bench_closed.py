@@ -84,7 +84,7 @@ async def flood(bench: Bench, result: Result) -> None:
     *Cancellation:* the site is left as it is.
     """
     quick = bench.options.quick
-    requests, connections, seconds, rate = (100, 20, 1.5, 40.0) if quick else (10_000, 1_500, 8.0, 200.0)
+    requests, connections, seconds, rate = (100, 20, 1.5, 40.0) if quick else (10_000, 1_088, 8.0, 200.0)
     others = [tenant for tenant in bench.tenants if tenant != 0]
     p99, busy, peaks, grown, untyped, lost = [], [], [], [], [], []
     refused: dict[str, int] = {}

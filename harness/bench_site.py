@@ -46,6 +46,8 @@ from harness.values import HostId, PcrSelection
 _AGENT, _VERIFIER = f"{DEMO_HOST}-agent", "provider-verifier"
 _READY_S = 90.0
 _POLL_S = 0.1
+_CONNECTIONS = 16_384
+"""Bound of the provider verifier's connections: ten thousand wait here at once."""
 _ALLOWED = PcrSelection.of(BANK, 0xFFFF)
 
 
@@ -181,11 +183,19 @@ class BenchSite:
         return Quotes(host_id=str(self._host_id), ak=self._ak)
 
     def _services(self) -> list[ServiceFile]:
-        return [self._with_batch(service) if service.name == _AGENT else service for service in self._files.services()]
+        return [self._adjusted(service) for service in self._files.services()]
 
-    def _with_batch(self, service: ServiceFile) -> ServiceFile:
-        settings = config.load(service.config, config.HostAgentSettings)
-        config.dump(settings.model_copy(update={"batch": self._batch}), service.config)
+    def _adjusted(self, service: ServiceFile) -> ServiceFile:
+        """The lab's own service, with what a load needs."""
+        match service.name:
+            case name if name == _AGENT:
+                agent = config.load(service.config, config.HostAgentSettings)
+                config.dump(agent.model_copy(update={"batch": self._batch}), service.config)
+            case name if name == _VERIFIER:
+                verifier = config.load(service.config, config.ProviderVerifierSettings)
+                config.dump(verifier.model_copy(update={"connections": _CONNECTIONS}), service.config)
+            case _:
+                return service
         return replace(service, text=service.config.read_text(encoding="utf-8"))
 
     async def _onboard(self) -> None:

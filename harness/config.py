@@ -124,11 +124,12 @@ class HostAgentSettings(ServiceSettings):
 
 
 class ProviderVerifierSettings(ServiceSettings):
-    """Provider verifier; its database is the provider registrar's."""
+    """Provider verifier; its database is the provider registrar's. ``connections``: that all tenants have open."""
 
     listen: Listen = Listen()
     tls: TlsSettings
     database: DatabaseUrl
+    connections: Annotated[Whole, Field(ge=1, le=65_536)] = 4_096
 
 
 class ProviderRegistrarSettings(ServiceSettings):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from harness import events
 from harness.config import ProviderVerifierSettings
+from harness.door import Bounds
 from harness.errors import ProtocolError, StoreError
 from harness.health import Health
 from harness.metrics import Metrics
@@ -130,7 +131,8 @@ class ProviderVerifier:
                 audit=records.audit,
                 metrics=metrics,
             )
-            server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen))
+            bounds = Bounds(connections=settings.connections)
+            server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen, bounds=bounds))
             await stack.enter_async_context(links)  # left before the server is: its waiters are answered
             tenants = TenantAuthorities(identities, server.context)
             followers.append(lambda snapshot: tenants.follow(snapshot.tenants))
