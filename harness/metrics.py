@@ -24,6 +24,7 @@ Spec: Prometheus exposition format 0.0.4, and its conventions for names (base un
 
 from __future__ import annotations
 
+import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from harness.errors import HarnessError, Overloaded
 from harness.wire_errors import reasons, status_of
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-SERIES = 2048
+SERIES = 8192
 OTHER = "other"
 NONE = "none"
 ANSWERED, REFUSED, FAILED, ABANDONED = "answered", "refused", "failed", "abandoned"
@@ -103,9 +104,11 @@ class Count(_Series):
             *labels: in the order of their names.
             by: how many.
         """
-        if labels not in self._values:
+        try:
+            self._values[labels] += by
+        except KeyError:
             labels = _bounded(labels, len(self._values))
-        self._values[labels] = self._values.get(labels, 0.0) + by
+            self._values[labels] = self._values.get(labels, 0.0) + by
 
     def value(self, *labels: str) -> float:
         """How many were counted under these labels."""
@@ -123,42 +126,53 @@ class Count(_Series):
         yield family
 
 
+class _Buckets:
+    """How many values lie below each bound and above the one before; and their sum."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self, size: int) -> None:
+        self.counts = [0] * size
+        self.sum = 0.0
+
+
 class Distribution(_Series):
     """A histogram. Made by `Metrics.distribution`."""
 
     def __init__(self, about: Described, bounds: Sequence[float]) -> None:
         super().__init__(about)
         self._bounds = tuple(bounds)
-        self._counts: dict[Labels, list[int]] = {}
-        self._sums: dict[Labels, float] = {}
+        self._series: dict[Labels, _Buckets] = {}
         if not about.labels:
-            self.observe_all(())
+            self._of(())
 
     def observe(self, value: float, *labels: str) -> None:
         """Counts one value."""
-        self.observe_all((value,), *labels)
+        found = self._series.get(labels) or self._of(labels)
+        found.counts[bisect_left(self._bounds, value)] += 1
+        found.sum += value
 
     def observe_all(self, values: Sequence[float], *labels: str) -> None:
         """Counts many values, at a tenth of a microsecond each."""
-        if labels not in self._counts:
-            labels = _bounded(labels, len(self._counts))
-            self._counts.setdefault(labels, [0] * (len(self._bounds) + 1))
-            self._sums.setdefault(labels, 0.0)
-        counts, bounds = self._counts[labels], self._bounds
+        found, bounds = self._of(labels), self._bounds
+        counts = found.counts
         for value in values:
             counts[bisect_left(bounds, value)] += 1
-        self._sums[labels] += sum(values)
+        found.sum += sum(values)
+
+    def _of(self, labels: Labels) -> _Buckets:
+        if labels not in self._series:
+            labels = _bounded(labels, len(self._series))
+            self._series.setdefault(labels, _Buckets(len(self._bounds) + 1))
+        return self._series[labels]
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client`."""
         family = self._family()
         names = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
-        for labels, counts in sorted(self._counts.items()):
-            reached, buckets = 0, []
-            for name, count in zip(names, counts, strict=True):
-                reached += count
-                buckets.append((name, float(reached)))
-            family.add_metric(labels, buckets, self._sums[labels])  # type: ignore[attr-defined]
+        for labels, found in sorted(self._series.items(), key=lambda item: item[0]):
+            reached = itertools.accumulate(map(float, found.counts))
+            family.add_metric(labels, list(zip(names, reached, strict=True)), found.sum)  # type: ignore[attr-defined]
         yield family
 
 
@@ -175,6 +189,21 @@ class _Reading(_Series):
         for labels, value in sorted(self._read().items())[:SERIES]:
             family.add_metric(labels, value)  # type: ignore[attr-defined]
         yield family
+
+
+class Snapshot(Collector):
+    """Metrics of one moment. Made by `Metrics.snapshot`."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """See `prometheus_client`."""
+        return self._families
+
+    def text(self) -> bytes:
+        """The text format: some microseconds a line, which are tens of milliseconds where there are many tenants."""
+        return generate_latest(self)
 
 
 def _bounded(labels: Labels, series: int) -> Labels:
@@ -329,9 +358,13 @@ class Metrics:
         """All metrics, in the order in which they were made, without those of the process."""
         return tuple(self._described)
 
+    def snapshot(self) -> Snapshot:
+        """All metrics as they are now; taken in the event loop, it may be rendered beside it."""
+        return Snapshot(list(self._registry.collect()))
+
     def text(self) -> bytes:
         """All metrics, in the format `CONTENT_TYPE`."""
-        return generate_latest(self._registry)
+        return self.snapshot().text()
 
 
 def outcome_of(error: BaseException | None) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 Invariants:
     1. Every call is counted once, under the name of its route, however it ends; what has no route is ``other``.
-    2. The figures are given to operators of the service's own authority: they tell how busy all of its users are.
+    2. Who asks for them holds up no other call: they are rendered in a thread.
+    3. The figures are given to operators of the service's own authority: they tell how busy all of its users are.
 
 Spec: docs/metrics.md.
 """
@@ -69,4 +70,5 @@ async def figures(metrics: Metrics, health: Health, own: OwnCertificate, peer: P
         raise AccessDenied("the metrics are for an operator of the service's own authority")
     report = await health.report(in_full=False)
     metrics.checked({name: said == OK for name, said in report.checks.items()})
-    return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    body = await asyncio.to_thread(metrics.snapshot().text)
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
