@@ -1,7 +1,7 @@
 """What a host agent tells its operators of batches, waiting requests and the TPM's time.
 
 Invariants:
-    1. A batch is counted once, and each of its members' waits once, also for batches that failed.
+    1. A batch is counted once, whatever came of it, and the wait for each of its answers once.
     2. Names of tenants are labels of what waits now, and of nothing that stays: there are as many series as tenants
        that wait, all of them admitted by the provider verifier, and only the provider's operator reads them.
 
