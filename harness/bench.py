@@ -153,6 +153,7 @@ class Result:
         measured: its rows.
         series: its plots, by name of the file.
         profile: where the time goes: by process, share of its CPU time by function.
+        failed: parts that could not be measured, and why; the others are.
     """
 
     benchmark: str
@@ -160,6 +161,7 @@ class Result:
     measured: list[Measured] = field(default_factory=list)
     series: dict[str, Series] = field(default_factory=dict)
     profile: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def add(self, *measured: Measured) -> None:
         """Appends rows."""
@@ -179,6 +181,7 @@ class Result:
             "method": list(self.method),
             "series": {name: asdict(series) for name, series in self.series.items()},
             "profile": {name: [list(line) for line in lines] for name, lines in self.profile.items()},
+            "failed": list(self.failed),
         }
 
 

@@ -1,7 +1,8 @@
 """Runs benchmarks one after the other, shows their rows and keeps what they found.
 
 Invariants:
-    1. A benchmark that cannot be run keeps no other from being run; it is said, and makes the exit code 2.
+    1. A benchmark, or a part of one, that cannot be run keeps no other from being run; it is said, and makes the exit
+       code 2.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def run(
     for name in names:
         try:
             results.append(find(name)(options))
+            for part in results[-1].failed:
+                console.say(f"bench {name}: {part}")
+                failed = True
         except HarnessError as error:
             if len(names) == 1:
                 raise

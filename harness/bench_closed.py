@@ -11,7 +11,6 @@ from harness.bench import Result, Sample, at_least, at_most, reported
 from harness.bench_context import MS, Bench, answered, busy_s, ended, quantile, sample_of
 from harness.bench_orders import Closed, Outcome, Poisson
 from harness.bench_process import forget_peak, memory_bytes, peak_bytes
-from harness.config import BatchSettings
 
 SHARES = {256: 0.95, 512: 0.8, 1000: 0.6}
 """Least share of N / (2 L) for N clients."""
@@ -21,8 +20,11 @@ TYPED = frozenset({"ShareExhausted", "PoolFull", "WouldBeLate", "TooManyConnecti
 _MIB = 1 << 20
 
 
-async def measure(bench: Bench, result: Result) -> None:
+async def measure(bench: Bench, result: Result) -> tuple[int, float]:
     """Throughput for each number of clients.
+
+    Returns:
+        The smallest number of clients, and their throughput in requests a second.
 
     Raises:
         SimulationError: a load could not be made, or an answer was not acceptable.
@@ -40,7 +42,7 @@ async def measure(bench: Bench, result: Result) -> None:
         name = f"closed loop, {clients:,} clients: throughput"
         result.add(at_least(name, rates, unit="requests/s", limit=share, baseline=bounds, of="N / (2 L)"))
         points.append((clients, rates.median))
-    await _single(bench, result, points[0])
+    return points[0]
 
 
 async def _rates(
@@ -59,19 +61,29 @@ async def _rates(
     return sample_of(rates, "throughput"), sample_of(bounds, "throughput")
 
 
-async def _single(bench: Bench, result: Result, batched: tuple[int, float]) -> None:
+async def single(bench: Bench, result: Result, batched: tuple[int, float]) -> None:
+    """The same clients where every request has a quote of its own.
+
+    Args:
+        bench: with strategy single.
+        result: to add to.
+        batched: number of clients, and their throughput with batches.
+
+    Raises:
+        SimulationError: the load could not be made, or an answer was not acceptable.
+
+    *Cancellation:* the site is left as it is.
+    """
     clients, rate = batched
     bench.options.say(f"closed loop, {clients} clients, strategy single")
-    await bench.site.change(BatchSettings(strategy="single"))
     seconds = 2.0 if bench.options.quick else 12.0
     load = Closed(connections=clients, seconds=seconds, tenants=bench.tenants)
     outcome = (await bench.load(load, drain_s=0.5)).outcomes[0]
-    await bench.site.change(BatchSettings())
-    single = Sample.of([max(1, ended(outcome, outcome.begin_s, outcome.begin_s + seconds)) / seconds])
+    alone = Sample.of([max(1, ended(outcome, outcome.begin_s, outcome.begin_s + seconds)) / seconds])
     name = f"closed loop, {clients:,} clients: throughput"
     result.add(
-        reported(f"{name}, strategy single", single, unit="requests/s"),
-        reported(f"{name}, batched", Sample.of([rate]), unit="requests/s", baseline=single, expected="single"),
+        reported(f"{name}, strategy single", alone, unit="requests/s"),
+        reported(f"{name}, batched", Sample.of([rate]), unit="requests/s", baseline=alone, expected="single"),
     )
 
 

@@ -9,6 +9,7 @@ Spec: docs/performance.md, method.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import yaml
 from harness.bench import Result, Sample, Series, at_most, reported
 from harness.bench_context import Bench
 from harness.bench_orders import Burst, Order
-from harness.bench_process import cpu_s, memory_bytes
+from harness.bench_process import CpuWatch, cpu_s, memory_bytes
 from harness.bench_run import BareServer, Loader
 from harness.errors import SimulationError
 from harness.sim.profiles import load_profile
@@ -33,7 +34,8 @@ _QUIET_S = 0.3
 _SETTLE_S = 60.0
 _BEGUN_S = 1.0
 """What little work there is has begun by then, though the kernel's clock ticks may not show it."""
-_GROWTH = {1: 8, 10: 8, 100: 4, 1_000: 2}
+_LOOK_S = 0.05
+_GROWTH = {1: 10, 10: 8, 100: 4, 1_000: 2}
 """Waiters, and bursts of so many in one repetition."""
 
 
@@ -120,7 +122,7 @@ def cpu_s_of(pids: Mapping[str, int]) -> float:
     return sum(cpu_s(pid) for pid in pids.values())
 
 
-async def memory(bench: Bench, result: Result, body_bytes: int) -> tuple[int, float]:
+async def memory(bench: Bench, result: Result, body_bytes: int) -> tuple[int, Sample]:
     """Memory of 10,000 waiting requests beside that of a bare handler; the site's chip is slow (`slow_chip`).
 
     Returns:
@@ -150,7 +152,7 @@ async def memory(bench: Bench, result: Result, body_bytes: int) -> tuple[int, fl
     bare = await _bare(bench, counts, body_bytes, tls=True)
     plain = await _bare(bench, counts, body_bytes, tls=False)
     _rows(result, sum(counts), ours, bare, plain)
-    return sum(counts), cost * _US
+    return sum(counts), Sample.of([cost * _US])
 
 
 def _burst(bench: Bench, count: int) -> Burst:
@@ -219,50 +221,49 @@ async def growth(bench: Bench) -> list[tuple[int, Sample]]:
     found = []
     for waiters, rounds in ({1: 1, 4: 1} if bench.options.quick else _GROWTH).items():
         bench.options.say(f"cost of a request among {waiters:,}")
-        costs = []
-        for _ in range(bench.options.repetitions):
-            burst = Burst(connections=waiters, rounds=rounds, tenants=bench.tenants)
-            async with Loader(bench.order(burst)) as loader:
-                used = cpu_s_of(bench.site.pids)
-                loader.go()
-                await loader.done()
-                costs.append(_US * (cpu_s_of(bench.site.pids) - used) / (waiters * rounds))
+        count = bench.options.repetitions
+        burst = Burst(connections=waiters, rounds=rounds * count, tenants=bench.tenants)
+        async with CpuWatch(bench.site.pids, every_s=_LOOK_S) as watch, Loader(bench.order(burst)) as loader:
+            loader.go()
+            await loader.done()
+            outcome = (await loader.results()).outcomes[0]
+        edges = [*outcome.scheduled_s[:: waiters * rounds], outcome.end_s]
+        costs = [watch.between(*edge) * _US / (waiters * rounds) for edge in itertools.pairwise(edges)]
         found.append((waiters, Sample.of(costs)))
     return found
 
 
-def growth_rows(result: Result, found: Sequence[tuple[int, Sample]], most: tuple[int, float]) -> None:
+def growth_rows(result: Result, found: Sequence[tuple[int, Sample]]) -> None:
     """Row and plot of the cost per request from 1 waiter to the most that were measured.
 
     Args:
         result: to add to.
         found: waiters and cost, ascending.
-        most: waiters and cost of the largest crowd.
     """
-    points = [*found, (most[0], Sample.of([most[1]]))]
-    named = dict(points)
-    small = 100 if 100 in named else found[0][0]
-    limit = max(1.0, math.log2(max(2, most[0])) / math.log2(max(2, small)))
+    named = dict(found)
+    most, small = max(named), 100 if 100 in named else min(named)
+    limit = math.log2(max(2, most)) / math.log2(max(2, small))
     result.add(
         at_most(
-            f"CPU per request at {most[0]:,} waiters, against {small:,}",
-            Sample.of([most[1]]),
+            f"CPU per request at {most:,} waiters, against {small:,}",
+            named[most],
             unit="us",
             limit=round(limit, 2),
             baseline=named[small],
             of=f"cost at {small:,} (log n)",
         )
     )
+    through = [
+        (waiters, math.log2(max(2, waiters)) / math.log2(max(2, small))) for waiters in named if waiters >= small
+    ]
     result.series["growth"] = Series(
         title="CPU per request, provider verifier + host agent",
         x="requests that wait together",
         y="CPU per request, us",
         lines={
-            "measured": [(waiters, cost.median) for waiters, cost in points],
+            "measured": [(waiters, round(cost.median, 1)) for waiters, cost in found],
             f"log n through {small:,}": [
-                (waiters, named[small].median * math.log2(max(2, waiters)) / math.log2(max(2, small)))
-                for waiters, _ in points
-                if waiters >= small
+                (waiters, round(named[small].median * factor, 1)) for waiters, factor in through
             ],
         },
         log_x=True,

@@ -12,7 +12,6 @@ from harness.bench_context import MS, Bench, answered, busy_s, ended, quantile, 
 from harness.bench_orders import Burst, Outcome, Poisson, Results
 from harness.bench_process import CpuWatch
 from harness.bench_run import BareServer, run_load
-from harness.config import BatchSettings
 from harness.errors import SimulationError
 
 P50_LIMIT, P99_LIMIT = 1.6, 2.15
@@ -55,8 +54,11 @@ async def busy_alone(bench: Bench) -> Sample:
     return Sample.of([batch.quote_s for batch in batches])
 
 
-async def measure(bench: Bench, result: Result) -> int:
-    """Open loop with batches: times, quotes, CPU; then the bare handler. Returns the size of an answer in bytes.
+async def measure(bench: Bench, result: Result) -> tuple[int, Outcome]:
+    """Open loop with batches: times, quotes, CPU; then the bare handler.
+
+    Returns:
+        The size of an answer in bytes, and what came of the open loop.
 
     Raises:
         SimulationError: a load could not be made, or an answer was not acceptable.
@@ -82,8 +84,7 @@ async def measure(bench: Bench, result: Result) -> int:
     result.method.append(
         f"answers verified after the load, as a tenant does: {results.verified} of {len(outcome.status)}, all accepted"
     )
-    await _single(bench, result, shape, outcome)
-    return results.body_bytes
+    return results.body_bytes, outcome
 
 
 async def _times(
@@ -149,21 +150,31 @@ async def _bare_cost(bench: Bench, shape: OpenLoop, body_bytes: int) -> Sample:
     return Sample.of([max(1.0, _US * watch.between(*cut) / max(1, ended(outcome, *cut))) for cut in cuts])
 
 
-async def _single(bench: Bench, result: Result, shape: OpenLoop, batched: Outcome) -> None:
-    """The same load where every request has a quote of its own: most are refused, and the rest wait."""
-    bench.options.say("the same load with strategy single")
-    await bench.site.change(BatchSettings(strategy="single"))
+async def single(bench: Bench, result: Result, batched: Outcome) -> None:
+    """The same load where every request has a quote of its own: most are refused, and the rest wait.
+
+    Args:
+        bench: with strategy single.
+        result: to add to.
+        batched: what came of the load with batches.
+
+    Raises:
+        SimulationError: the load could not be made, or an answer was not acceptable.
+
+    *Cancellation:* the site is left as it is.
+    """
+    shape = OpenLoop.of(bench)
+    bench.options.say(f"{shape.rate:g} requests/s with strategy single")
     load = shape.poisson(bench, shape.single_s)
     outcome = (await bench.load(load, drain_s=1.0)).outcomes[0]
-    await bench.site.change(BatchSettings())
     cut = (outcome.begin_s + shape.settle_s, outcome.begin_s + shape.settle_s + shape.single_s)
-    single = ended(outcome, *cut) / (cut[1] - cut[0])
+    alone = Sample.of([max(1, ended(outcome, *cut)) / (cut[1] - cut[0])])
     span = (batched.begin_s + shape.settle_s, max(batched.scheduled_s))
     rate = Sample.of([ended(batched, *span) / (span[1] - span[0])])
     name = f"Poisson {shape.rate:,.0f}/s: answers per second"
     result.add(
-        reported(f"{name}, strategy single", Sample.of([single]), unit="answers/s"),
-        reported(f"{name}, strategy batched", rate, unit="answers/s", baseline=Sample.of([single]), expected="single"),
+        reported(f"{name}, strategy single", alone, unit="answers/s"),
+        reported(f"{name}, strategy batched", rate, unit="answers/s", baseline=alone, expected="single"),
     )
     refused = ", ".join(f"{count:,} {why}" for why, count in sorted(outcome.refused.items()))
     result.method.append(

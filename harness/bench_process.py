@@ -67,9 +67,11 @@ class CpuWatch:
 
     Args:
         pids: by name.
+        every_s: seconds between two looks.
     """
 
     pids: Mapping[str, int]
+    every_s: float = _SAMPLE_S
     _seen: list[tuple[float, float]] = field(default_factory=list)
     _task: asyncio.Task[None] | None = None
 
@@ -106,5 +108,5 @@ class CpuWatch:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(_SAMPLE_S)
+            await asyncio.sleep(self.every_s)
             self._look()
