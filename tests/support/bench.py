@@ -12,7 +12,7 @@ from typing import Protocol
 from harness.errors import HarnessError
 from harness.provider.batch import RFC9162, Answer, PendingQuote, Quote, SealedBatch, TreeBuilder, Waiter
 from harness.provider.batcher import Batcher, BatchReport, Surroundings
-from harness.values import AgentId
+from harness.values import AgentId, PcrSelection
 from tests.support.answers import AnswerChecker
 from tests.support.batching import WAIT_S, FakeQuoter, FakeResidency, settle
 from tests.support.manual_clock import ManualClock
@@ -36,7 +36,7 @@ class Bounds:
     window_s: float = 10.0
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Entry:
     """A request that entered without a task; ``ended_s`` by the manual clock."""
 
@@ -46,6 +46,7 @@ class Entry:
     waiter: Waiter | None = None
     outcome: Answer | HarnessError | None = None
     ended_s: float = float("nan")
+    left: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class Bench:
 
         def deliver(outcome: Answer | HarnessError) -> None:
             assert entry.outcome is None, "two outcomes for one request"
+            assert not entry.left, "an outcome for a request that was taken back"
             entry.outcome, entry.ended_s = outcome, self.clock.now_s
 
         try:
@@ -93,7 +95,7 @@ class Bench:
         """Takes a request back."""
         assert entry.waiter is not None
         self.batcher.leave(entry.waiter)
-        self.entries.remove(entry)
+        entry.left = True
 
     def takes(self, seconds: float) -> None:
         """From now on each quote takes so long by the manual clock."""
@@ -139,8 +141,9 @@ class Bench:
         assert self.batcher.waiting == 0, "somebody is left waiting"
         outcomes: list[tuple[Answer | HarnessError, PendingQuote]] = []
         for entry in self.entries:
-            assert entry.outcome is not None, "somebody was told nothing"
-            outcomes.append((entry.outcome, entry.pending))
+            assert entry.left or entry.outcome is not None, "somebody was told nothing"
+            if entry.outcome is not None:
+                outcomes.append((entry.outcome, entry.pending))
         for task, pending in self.submitted:
             assert task.done()
             if not task.cancelled():
@@ -151,7 +154,8 @@ class Bench:
             if isinstance(outcome, Answer):
                 self.checker.check(outcome, pending, self.vtpm_eks[outcome.shared.batch_id])
         for batch in self.quoter.batches:
-            assert all(batch.selection.within(member.pending.allowlist) for member in batch.members)
+            allowlists = {member.pending.allowlist.banks for member in batch.members}
+            assert all(batch.selection.within(PcrSelection(banks)) for banks in allowlists)
             assert batch.tree.size == 1 << (batch.tree.size - 1).bit_length()
             assert 16 <= batch.tree.size <= max(16, limit)
         reported = [report.batch_id for report in self.reports if report.batch_id]
