@@ -124,12 +124,16 @@ class HostAgentSettings(ServiceSettings):
 
 
 class ProviderVerifierSettings(ServiceSettings):
-    """Provider verifier; its database is the provider registrar's. ``connections``: that all tenants have open."""
+    """Provider verifier; its database is the provider registrar's.
+
+    ``connections`` are those that all tenants may have open together, ``tenant_connections`` those of one of them.
+    """
 
     listen: Listen = Listen()
     tls: TlsSettings
     database: DatabaseUrl
     connections: Annotated[Whole, Field(ge=1, le=65_536)] = 4_096
+    tenant_connections: Annotated[Whole, Field(ge=1, le=65_536)] = 1_024
 
 
 class ProviderRegistrarSettings(ServiceSettings):

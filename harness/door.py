@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -34,8 +35,7 @@ _ACCEPT_AGAIN_S = 0.1
 _REPORT_EVERY_S = 1.0
 _TLS_CLOSE_S = 1.0
 _NEVER = float("inf")
-SURPLUS_S = 5.0
-"""For the only request of a connection that is one too many."""
+_RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,9 @@ class Bounds:
         headers_s: for the headers of a request, from their first byte.
         idle_s: without a request; longer than a client of ours keeps a connection for the next one.
         write_s: for a peer to read what is ready for it.
-        write_buffer: bytes that may be ready for a peer that does not read; an answer is longer where it has to be.
+        write_buffer: bytes that may be ready for a peer that does not read, before the next answer waits; one more answer
+            is ready where the last one filled the system's own buffer.
+        surplus_s: for the only request of a connection that is one too many.
         per_authority: connections that each authority but the service's own may have (`web_connection`).
     """
 
@@ -59,11 +61,12 @@ class Bounds:
     idle_s: float = 75.0
     write_s: float = 10.0
     write_buffer: int = 64 * 1024
+    surplus_s: float = 5.0
 
     @property
     def sweep_s(self) -> float:
         """Seconds between two looks at all connections."""
-        return min(1.0, min(self.headers_s, self.idle_s, self.write_s) / 4)
+        return min(1.0, min(self.headers_s, self.idle_s, self.write_s, self.surplus_s) / 4)
 
 
 async def _accepted(listening: socket.socket) -> socket.socket:
@@ -228,9 +231,12 @@ class _Guard(asyncio.Protocol):
         return min(self._asks_until_s, self._reads_until_s)
 
     def abort(self) -> None:
-        """Closes the connection at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        """Closes the connection at once; what a peer has not read is thrown away, by the system too."""
+        if self._transport is None:
+            return
+        if self._reads_until_s < _NEVER:
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.entered = True

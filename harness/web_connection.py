@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from harness import events
-from harness.door import SURPLUS_S, Bounds, hurry
+from harness.door import Bounds, hurry
 from harness.errors import AccessDenied, MalformedMessage, TooManyConnections
 from harness.messages import failure, status_of
 from harness.tls import Identities
@@ -49,6 +49,11 @@ class Shares:
         self._bounds = bounds
         self._refused = refused
         self._open: Counter[str | None] = Counter()
+
+    @property
+    def surplus_s(self) -> float:
+        """Seconds for the only request of a connection that is one too many."""
+        return self._bounds.surplus_s
 
     def enter(self, certificate: bytes) -> tuple[str | None, int]:
         """Counts a connection: under which name, and how many are more than its authority may have."""
@@ -101,7 +106,7 @@ class Connection(web.RequestHandler):
             if isinstance(transport, asyncio.Transport):
                 transport.abort()
         elif over:
-            hurry(transport, SURPLUS_S)
+            hurry(transport, self._shares.surplus_s)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is closed."""

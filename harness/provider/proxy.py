@@ -131,7 +131,7 @@ class ProviderVerifier:
                 audit=records.audit,
                 metrics=metrics,
             )
-            bounds = Bounds(connections=settings.connections)
+            bounds = Bounds(connections=settings.connections, per_authority=settings.tenant_connections)
             server = await stack.enter_async_context(serve(app, settings.tls, sock or settings.listen, bounds=bounds))
             await stack.enter_async_context(links)  # left before the server is: its waiters are answered
             tenants = TenantAuthorities(identities, server.context)

@@ -114,6 +114,7 @@ def _routes(calls: list[str], entered: asyncio.Event, release: asyncio.Event, le
         raise PoolFull("the pools are full", retry_after_s=1.2)
 
     async def big(request: web.Request) -> object:
+        calls.append("big")
         return {"x": "y" * int(request.query["size"])}
 
     async def stream(request: web.Request) -> object:
