@@ -11,7 +11,7 @@ from harness.bench_context import answered, ended, quantile, sample_of, windows
 from harness.bench_memory import slow_chip
 from harness.bench_orders import Outcome
 from harness.bench_process import CpuWatch, cpu_s, memory_bytes, peak_bytes
-from harness.bench_profile import summary
+from harness.bench_profile import by_function, by_library
 from harness.errors import SimulationError
 from harness.sim.profiles import load_profile
 
@@ -89,11 +89,12 @@ def test_a_profile_names_functions_without_folders_of_this_machine() -> None:
         "run (/a/x.py:1);feed (/a/lib/python3.11/site-packages/aiohttp/http.py:7) 4\n"
         "broken\n"
     )
-    assert summary(raw) == [
+    assert by_function(raw) == [
         ("feed (aiohttp/http.py)", 0.5),
         ("seal (harness/provider/batch.py)", 0.375),
-        ("select (python3.11/selectors.py)", 0.125),
+        ("select (selectors.py)", 0.125),
     ]
+    assert by_library(raw) == [("aiohttp", 0.5), ("harness", 0.375), ("selectors", 0.125)]
 
 
 def test_a_slow_chip_is_slow_in_its_quotes_only(tmp_path: Path) -> None:
