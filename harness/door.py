@@ -48,8 +48,8 @@ class Bounds:
         headers_s: for the headers of a request, from their first byte.
         idle_s: without a request; longer than a client of ours keeps a connection for the next one.
         write_s: for a peer to read what is ready for it.
-        write_buffer: bytes that may be ready for a peer that does not read, before the next answer waits; one more answer
-            is ready where the last one filled the system's own buffer.
+        write_buffer: bytes that may be ready for a peer that does not read, before the next answer waits; one more
+            answer is ready where the last one filled the system's own buffer.
         surplus_s: for the only request of a connection that is one too many.
         per_authority: connections that each authority but the service's own may have (`web_connection`).
     """

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from harness.attest import owner_qualified_name
 from harness.config import BatchSettings, Listen, TlsSettings
+from harness.door import Bounds
 from harness.errors import StoreError
 from harness.messages import VerifierQuery, verifier_query
 from harness.metrics import Metrics
@@ -157,10 +158,12 @@ async def provider_lab(
     allowlists: Mapping[str, PcrSelection] | None = None,
     batch: BatchSettings | None = None,
     tpm_user: TpmUser | None = None,
+    bounds: Bounds | None = None,
 ) -> AsyncIterator[ProviderLab]:
     """A provider with one host and these tenants, each with an allowlist of PCR 0 to 15 unless given.
 
-    With a ``tpm_user``, that is between the host agent and its TPM.
+    With a ``tpm_user``, that is between the host agent and its TPM. ``bounds`` are of the provider verifier's
+    connections.
     """
     pki = Pki.make(folder / "pki", *tenants)
     async with AsyncExitStack() as stack:
@@ -221,7 +224,7 @@ async def provider_lab(
         )
         identities = identities_of(verifier_tls)
         app = application("provider-verifier", proxy.routes, identities, metrics=metrics)
-        server = await stack.enter_async_context(serve(app, verifier_tls, Listen()))
+        server = await stack.enter_async_context(serve(app, verifier_tls, Listen(), bounds=bounds or Bounds()))
         authorities.append(TenantAuthorities(identities, server.context))
         lab.verifier_url = server.url
         await admission.refresh(0)
