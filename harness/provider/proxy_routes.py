@@ -5,7 +5,7 @@ It can state nothing itself: it forwards fields, and hands back what a host agen
 Invariants:
     1. Whose request it is comes from the client certificate: the tenant from the authority that signed it, the
        requester from its key. Nothing in the request can change either.
-    2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and an event.
+    2. Nothing is forwarded that was not parsed and admitted; every refusal is typed, counted and told (`refusal_log`).
     3. A tenant's enrolment orders in work are bounded, so that one tenant cannot keep the others from enrolling.
     4. A tenant that is removed, or gets another authority, gets no answer to what it has asked before.
     5. The host agent is told how long an answer is of use from then on: what has passed here is taken off.
@@ -24,7 +24,6 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from harness import events
 from harness.credential import parse_keylime_blob
 from harness.errors import AccessDenied, HarnessError, MalformedMessage, ShareExhausted, WouldBeLate
 from harness.messages import parse_verifier_query
@@ -37,6 +36,7 @@ from harness.provider.batch import PendingQuote
 from harness.provider.clock import Clock, SystemClock
 from harness.provider.host_links import HostLinks
 from harness.provider.proxy_metrics import ProxyFigures
+from harness.provider.refusal_log import RefusalLog
 from harness.provider.stream import ActivateOrder, CertifyOrder, IdentityOrder, decode_base64
 from harness.tls import Peer
 from harness.values import Nonce, parse_host_id
@@ -69,7 +69,7 @@ class Proxy:
         self._clock = clock or SystemClock()
         self._figures = ProxyFigures(metrics or Metrics("provider-verifier"), links.states)
         self._enrolling: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
+        self._refusals = RefusalLog(self._clock)
         self._tenants: Mapping[str, str] = {}
         self._in_work: dict[str, set[Call]] = {}
 
@@ -84,11 +84,12 @@ class Proxy:
                 call.end(AccessDenied("this tenant was removed"))
         self._tenants = dict(tenants)
         self._figures.follow(tenants)
+        self._refusals.follow(tenants)
 
     @property
     def refusals(self) -> Mapping[str, int]:
         """How many calls were refused or failed, by the error's name."""
-        return self._refusals
+        return self._refusals.counts
 
     @property
     def routes(self) -> list[Route]:
@@ -112,11 +113,7 @@ class Proxy:
                 with self._figures.call(peer.authority):
                     return await self._while_known(peer.authority, call_of(request), handler(request, peer))
             except HarnessError as error:
-                name = type(error).__name__
-                self._refusals[name] += 1
-                events.emit(
-                    "refused", tenant=peer.authority, error=name, detail=error.detail, count=self._refusals[name]
-                )
+                self._refusals.note(peer.authority, error)
                 raise
 
         return call
