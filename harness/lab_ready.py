@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from harness.errors import HarnessError, SimulationError
@@ -33,7 +33,7 @@ Broken = Mapping[str, SimulationError]
 
 async def broken_services(
     services: Callable[[], Awaitable[Services]],
-    unanswered: Callable[[Mapping[str, Any]], Awaitable[str | None]],
+    unanswered: Callable[[Mapping[str, Any]], Coroutine[Any, Any, str | None]],
     *,
     wait_s: float = READY_S,
 ) -> dict[str, SimulationError]:
@@ -65,30 +65,23 @@ async def broken_services(
                 if service["restarts"] - first[name] >= _ENDS:
                     broken.setdefault(name, SimulationError(f"{name} {ended.get(name, 'ends again and again')}"))
                 elif service["pid"] is not None and name not in ready and name not in probes:
-                    probes[name] = asyncio.create_task(_probe(unanswered, service))
+                    probes[name] = asyncio.create_task(unanswered(service))
             results = {name: probe.result() for name, probe in probes.items() if probe.done()}
             ready |= {name for name, trouble in results.items() if trouble is None}
             silent |= {name: f"does not answer: {trouble}" for name, trouble in results.items() if trouble is not None}
             probes = {name: probe for name, probe in probes.items() if not probe.done()}
             broken |= {name: error for name in shown if (error := _without_tpm(name, broken)) and name not in broken}
             pending = shown.keys() - ready - broken.keys()
-            if pending and time.monotonic() > until:
-                said = {name: ended.get(name) or silent.get(name, "does not run") for name in pending}
-                broken |= {name: SimulationError(f"{name} {text}") for name, text in said.items()}
-            elif pending:
+            if pending and time.monotonic() <= until:
                 await asyncio.sleep(_POLL_S)
                 continue
+            said = {name: ended.get(name) or silent.get(name, "does not run") for name in pending}
+            broken |= {name: SimulationError(f"{name} {text}") for name, text in said.items()}
             return {name: broken[name] for name in shown if name in broken and name not in ready}
     finally:
         for probe in probes.values():
             probe.cancel()
         await asyncio.gather(*probes.values(), return_exceptions=True)
-
-
-async def _probe(
-    unanswered: Callable[[Mapping[str, Any]], Awaitable[str | None]], service: Mapping[str, Any]
-) -> str | None:
-    return await unanswered(service)
 
 
 def _without_tpm(name: str, broken: Broken) -> SimulationError | None:

@@ -32,7 +32,6 @@ from harness.pki import renew as renewed
 from harness.private_file import write_private
 from harness.tls import authority_of, role_and_name
 
-DAYS = 365.0
 _CALL_S = 10.0
 _SETTINGS: tuple[tuple[str, str, type[config.ServiceSettings]], ...] = (
     ("p/registrar.yml", "provider-registrar", config.ProviderRegistrarSettings),

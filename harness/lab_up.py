@@ -104,9 +104,7 @@ async def up(topology: Path, *, fresh: bool) -> UpResult:
         if started:
             await control.start(topology)
         check_provider(await control.broken_services())
-    files, site = LabSite.open(control.folder, plan_of(stated, record)), _site(control)
-    async with Onboarding(files, site) as operators:  # while the services of those who leave still run
-        removed = await operators.remove(_REASON, made_anew=change.made_anew)
+    removed = await _remove(control, plan_of(stated, record), change)
     if not started:
         with console.progress("bringing the services to what the topology says"):
             changed = await control.apply(topology)
@@ -196,8 +194,11 @@ def _change(topology: Path, stated: Topology, record: LabRecord) -> _Change:
     )
 
 
-def _site(control: LabControl) -> config.SiteSettings:
-    return config.load(control.folder / SITE_FILE, config.SiteSettings)
+async def _remove(control: LabControl, plan: LabPlan, change: _Change) -> list[str]:
+    """Removes what the plan has no more, while the services of those who leave still run; says what it was."""
+    site = config.load(control.folder / SITE_FILE, config.SiteSettings)
+    async with Onboarding(LabSite.open(control.folder, plan), site) as operators:
+        return await operators.remove(_REASON, made_anew=change.made_anew)
 
 
 async def _attest(
