@@ -19,10 +19,11 @@ from harness.sim.boot import Scenario, reference_values
 from harness.swtpm import STATE_FILE
 from harness.tpm import Tpm
 from harness.values import AgentId, HashAlg, PcrSelection
-from tests.support.fault_lab import FaultLab, eventually, fault_lab, free_port, kill, listens
+from tests.support.fault_lab import FaultLab, eventually, fault_lab, kill, listens
 from tests.support.guest_lab import vtpm_pids
 from tests.support.pendings import agent
 from tests.support.processes import left_by, processes_of
+from tests.support.service_process import free_port
 from tests.support.tpms import short_folder
 
 pytestmark = pytest.mark.needs_swtpm
