@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
 from harness import events, store_file
 from harness.store_engine import engine_of
@@ -62,11 +62,25 @@ class Store:
 
         *Cancellation:* the transaction is rolled back.
         """
+        async with self._in_time(), self._sessions.begin() as session:
+            with self._reaching():
+                await session.connection()
+            yield session
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """As `begin`, for statements without objects: a third of the CPU time. *Cancellation:* as there."""
+        async with self._in_time(), AsyncExitStack() as stack:
+            with self._reaching():
+                connection = await stack.enter_async_context(self._engine.begin())
+            yield connection
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
         url = self._engine.url
         try:
-            async with asyncio.timeout(self._deadline_s) as deadline, self._sessions.begin() as session:
-                await self._connect(session)
-                yield session
+            async with asyncio.timeout(self._deadline_s) as deadline:
+                yield
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -74,11 +88,12 @@ class Store:
         except SQLAlchemyError as error:
             raise store_error(url, error) from error
 
-    async def _connect(self, session: AsyncSession) -> None:
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
         if self._lease is not None:
             self._lease.check()
         try:
-            await session.connection()
+            yield
         except OSError as error:  # a network's: the driver hands it on as it is
             if isinstance(error, TimeoutError):
                 raise

@@ -86,6 +86,19 @@ class Books:
             tries += 1
             await self._clock.sleep(min(self._timing.backoff_longest_s, own) * (1 + self._chance.jitter()) / 2)
 
+    async def write_once(self, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Writes if the database takes it now; if not, that is noted, and what follows writes it.
+
+        Raises:
+            Exception: what the write raises besides StoreError.
+
+        *Cancellation:* as `write`.
+        """
+        try:
+            await finished(make())
+        except StoreError as error:
+            self.failed(error)
+
 
 async def finished(write: Coroutine[Any, Any, None]) -> None:
     """Waits until it is done, also when cancelled meanwhile. Bounded, because a transaction is.

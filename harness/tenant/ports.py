@@ -3,7 +3,8 @@
 Invariants:
     1. A port raises errors of `harness.errors` only; anything else is a fault of ours and ends the session.
     2. Answers of peers are received, not believed: `GuestAnswer` and the provider's ``results`` go to appraisal.
-    3. ``Records`` commits before it returns: what a session was told to be stored survives a kill.
+    3. ``Records`` commits before it returns: what a session was told to be stored survives a kill. The clock of
+       evidence is stored with the success that rests on it, or before the session waits for anything but an answer.
 
 Owner: one session task uses each port; implementations may be shared by all sessions of a verifier.
 """
@@ -220,13 +221,19 @@ class Records(Protocol):
         """Last believed clock of this AK."""
 
     async def raise_clock(self, ak_name: bytes, seen: ClockBaseline) -> None:
-        """Stores an accepted clock: as the first baseline, or when it is higher under equal counters; never lower."""
+        """Believes an accepted clock: as the first baseline, or when it is higher under equal counters; never lower.
+
+        It counts at once, and is stored with whatever is saved next, or by `settle`.
+        """
+
+    async def settle(self) -> None:
+        """Stores all clocks that are believed."""
 
     async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
         """Stores the baseline after an allowed reboot if the stored counters still are the old ones; and the alarm."""
 
     async def save(self, agent_id: AgentId, progress: Progress, alarm: Alarm | None = None) -> None:
-        """Stores the progress of a session, and the alarm that belongs to it, in one transaction."""
+        """Stores a session's progress, the alarm that belongs to it, and all believed clocks, in one transaction."""
 
 
 class Told(Protocol):

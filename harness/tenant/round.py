@@ -133,9 +133,9 @@ class Rounds:
         """Asks the guest agent and has its evidence appraised.
 
         Raises:
-            StoreError: our own database does not take an accepted clock, or a contact that moved.
+            StoreError: our own database does not take a contact that moved.
 
-        *Cancellation:* the answer is dropped; nothing was stored, or an accepted clock was.
+        *Cancellation:* the answer is dropped.
         """
         plan, ports = self._plan, self._ports
         host_at_start = None if plan.host is None else await ports.records.baseline(plan.host.ak.name)

@@ -85,7 +85,7 @@ class Session:
             Effect.STORE_BASELINE: self._store_baseline,
             Effect.RAISE_ALARM: self._raise_alarm,
             Effect.LOG_ERROR: self._log_error,
-            Effect.RECORD_FAILURE: self._record_failure,
+            Effect.RECORD_FAILURE: lambda: self._save(self._progress),
             Effect.RESET_COUNTERS: self._reset_counters,
             Effect.ASK_GUEST: self._ask_guest,
             Effect.ASK_PROVIDER: self._ask_provider,
@@ -235,9 +235,6 @@ class Session:
         )
         await self._save(reached, success_at=at)
 
-    async def _record_failure(self) -> None:
-        await self._save(self._progress)
-
     async def _store_baseline(self) -> None:
         reboot, alarm = (self._finding.reboot if self._finding else None), self.alarm
         if reboot is None or alarm is None:
@@ -331,6 +328,7 @@ class Session:
         return Event.V_DELIVERED
 
     async def _back_off(self) -> Event:
+        await self._books.write_once(self._ports.records.settle)  # the guest's clock, if the host did not answer
         await self._sleep(self._retries.wait_s(self._ports.chance.jitter()))
         bound_to_round = self.state in (State.GET_PROVIDER_QUOTE_RETRY, State.PROVIDE_V_RETRY)
         if bound_to_round and self._rounds.expired(self._current_round()):

@@ -18,6 +18,7 @@ import time
 
 from harness import events
 from harness.config import TenantVerifierSettings
+from harness.errors import StoreError
 from harness.health import Health, check_database
 from harness.metrics import Metrics
 from harness.peer import PeerClient
@@ -46,6 +47,8 @@ from harness.tenant.verifier_store import VerifierStore
 from harness.tls import certificate_requester, identities_of
 from harness.values import AgentId
 from harness.web import application, serve
+
+_SETTLE_S = 1.0
 
 
 class Connections:
@@ -102,6 +105,15 @@ def _health(store: Store) -> Health:
     return health
 
 
+async def _settle(records: VerifierStore) -> None:
+    """Stores clocks of rounds that the stop cut off; evidence that counted for nothing may also be forgotten."""
+    try:
+        async with asyncio.timeout(_SETTLE_S):
+            await records.settle()
+    except (StoreError, TimeoutError) as error:
+        events.emit("not_stored", level="warning", detail=f"clocks of unfinished rounds: {error}")
+
+
 class TenantVerifier:
     """The service.
 
@@ -129,9 +141,9 @@ class TenantVerifier:
         receivers = receivers_of(settings, "tenant-verifier")
         connections = Connections(settings)
         store = await open_store(settings.database, Base.metadata, component="tenant", version=SCHEMA)
+        records = VerifierStore(store, time.time)
         try:
             async with asyncio.TaskGroup() as group:
-                records = VerifierStore(store, time.time)
                 clock, metrics = SystemClock(), Metrics("tenant-verifier")
                 rounds = RoundFigures(metrics, clock.monotonic)
                 agents = Agents(
@@ -162,5 +174,6 @@ class TenantVerifier:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         finally:
+            await _settle(records)
             await connections.close()
             await store.close()

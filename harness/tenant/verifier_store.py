@@ -3,7 +3,9 @@
 Invariants:
     1. A baseline's clock is only raised, and only under equal counters; other counters replace it in two ways: an
        allowed reboot (compare and set), or a later enrolment of the key.
-    2. Reads of baselines see every committed write: one process owns the table, and writes go through one lock.
+    2. Reads of baselines see what is believed, which is never behind the table (`clocks`): one process owns it, and
+       writes go through one lock. What is believed and not stored is part of the next transaction of a round
+       (`rounds_store`), so that no success is stored without its clocks.
     3. V is stored until it was delivered, and is removed in the same transaction that records the delivery.
     4. A finding and its alarm, an operator's act and its audit entry, are one transaction each; an act that ends a
        session takes along the alarm that the session could not store.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,9 +29,11 @@ from harness import audit_store, events
 from harness.audit import AuditEntry
 from harness.errors import Conflict, HarnessError, StoreError
 from harness.store import Store
+from harness.tenant.clocks import Clocks
 from harness.tenant.ports import Alarm, Progress, Reboot
 from harness.tenant.progress_text import decode_progress, decode_seen, encode_progress, encode_seen
 from harness.tenant.round import same_counters
+from harness.tenant.rounds_store import RoundWriter, put_clocks
 from harness.tenant.states import ACTIVE, Event, State, transition
 from harness.tenant.tables import Agent, AlarmRow, AuditRow, Baseline
 from harness.values import AgentId, ClockBaseline, parse_agent_id
@@ -68,7 +73,8 @@ class VerifierStore:
         self._now = now
         self._writing = asyncio.Lock()
         self.alarmed = asyncio.Event()
-        self._baselines: dict[bytes, tuple[ClockBaseline, float]] = {}
+        self._clocks = Clocks()
+        self._rounds = RoundWriter(store, self._writing, self._clocks)
 
     async def load(self) -> list[StoredAgent]:
         """Reads everything; called once, before the first session. Active agents come back as SAVED.
@@ -80,7 +86,7 @@ class VerifierStore:
         """
         async with self._store.begin() as session:
             for row in await session.scalars(select(Baseline)):
-                self._baselines[row.ak_name] = (_baseline(row), row.enrolled_at)
+                self._clocks.replace(row.ak_name, (_baseline(row), row.enrolled_at))
             rows = list(await session.scalars(select(Agent).order_by(Agent.agent_id)))
         return [agent for row in rows if (agent := _stored(row)) is not None]
 
@@ -128,7 +134,7 @@ class VerifierStore:
             Conflict: the stored counters are neither the old nor the new ones: another reboot was accepted meanwhile.
         """
         async with self._writing:
-            known, enrolled_at = self._baselines.get(reboot.ak_name, (None, 0.0))
+            known, enrolled_at = self._clocks.known(reboot.ak_name) or (None, 0.0)
             done = same_counters(known, reboot.new)
             if not done and not same_counters(known, reboot.old):
                 raise Conflict("other counters than the refused ones were accepted meanwhile; resume without them")
@@ -136,9 +142,9 @@ class VerifierStore:
                 await _put_progress(session, agent_id, progress)
                 audit_store.record(session, AuditRow, entry)
                 if not done:
-                    await _put_baseline(session, reboot.ak_name, reboot.new, enrolled_at)
+                    await put_clocks(await session.connection(), {reboot.ak_name: (reboot.new, enrolled_at)})
             if not done:
-                self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
+                self._clocks.replace(reboot.ak_name, (reboot.new, enrolled_at))
 
     async def set_policy(
         self, agent_id: AgentId, request: str, progress: Progress, entry: AuditEntry, alarm: Alarm | None = None
@@ -163,60 +169,61 @@ class VerifierStore:
 
     async def save(self, agent_id: AgentId, progress: Progress, alarm: Alarm | None = None) -> None:
         """See `Records`. An agent that was removed meanwhile stays removed."""
-        async with self._writing, self._store.begin() as session:
-            await _put_progress(session, agent_id, progress)
-            self._add_alarm(session, alarm)
+        await self._rounds.save(agent_id, progress, None if alarm is None else self._columns(alarm))
         self._tell_of(alarm)
 
     async def baseline(self, ak_name: bytes) -> ClockBaseline | None:
         """See `Records`."""
-        known = self._baselines.get(ak_name)
-        return None if known is None else known[0]
+        return self._clocks.baseline(ak_name)
 
     async def raise_clock(self, ak_name: bytes, seen: ClockBaseline) -> None:
         """See `Records`."""
-        async with self._writing:
-            known, enrolled_at = self._baselines.get(ak_name, (None, 0.0))
-            if known is None or (same_counters(known, seen) and seen.clock > known.clock):
-                await self._put(ak_name, seen, enrolled_at)
+        self._clocks.raise_to(ak_name, seen)
+
+    async def settle(self) -> None:
+        """See `Records`."""
+        await self._rounds.settle()
 
     async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
         """See `Records`."""
         async with self._writing:
-            known, enrolled_at = self._baselines.get(reboot.ak_name, (None, 0.0))
+            known, enrolled_at = self._clocks.known(reboot.ak_name) or (None, 0.0)
             replaces = same_counters(known, reboot.old)
             async with self._store.begin() as session:
                 if replaces:
-                    await _put_baseline(session, reboot.ak_name, reboot.new, enrolled_at)
+                    await put_clocks(await session.connection(), {reboot.ak_name: (reboot.new, enrolled_at)})
                 self._add_alarm(session, alarm)
             if replaces:
-                self._baselines[reboot.ak_name] = (reboot.new, enrolled_at)
+                self._clocks.replace(reboot.ak_name, (reboot.new, enrolled_at))
         self._tell_of(alarm)
         return replaces
 
     async def enrolled(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
         """Takes the baseline of an enrolment if it is later than the one the stored baseline descends from."""
         async with self._writing:
-            known = self._baselines.get(ak_name)
+            known = self._clocks.known(ak_name)
             if known is None or known[1] < enrolled_at:
-                await self._put(ak_name, baseline, enrolled_at)
-
-    async def _put(self, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
-        async with self._store.begin() as session:
-            await _put_baseline(session, ak_name, baseline, enrolled_at)
-        self._baselines[ak_name] = (baseline, enrolled_at)
+                async with self._store.connect() as connection:
+                    await put_clocks(connection, {ak_name: (baseline, enrolled_at)})
+                self._clocks.replace(ak_name, (baseline, enrolled_at))
 
     def _tell_of(self, stored: Alarm | None) -> None:
         if stored is not None:
             self.alarmed.set()
 
     def _add_alarm(self, session: AsyncSession, alarm: Alarm | None) -> None:
-        if alarm is None:
-            return
+        if alarm is not None:
+            session.add(AlarmRow(**self._columns(alarm)))
+
+    def _columns(self, alarm: Alarm) -> dict[str, Any]:
         agent_id = None if alarm.agent_id is None else str(alarm.agent_id)
-        session.add(
-            AlarmRow(at=self._now(), kind=alarm.kind, agent_id=agent_id, host_id=alarm.host_id, detail=alarm.detail)
-        )
+        return {
+            "at": self._now(),
+            "kind": alarm.kind,
+            "agent_id": agent_id,
+            "host_id": alarm.host_id,
+            "detail": alarm.detail,
+        }
 
 
 async def _put_progress(session: AsyncSession, agent_id: AgentId, progress: Progress) -> Agent | None:
@@ -226,16 +233,6 @@ async def _put_progress(session: AsyncSession, agent_id: AgentId, progress: Prog
         row.seen = encode_seen(progress.seen)
         row.v = None if progress.v_released else row.v
     return row
-
-
-async def _put_baseline(session: AsyncSession, ak_name: bytes, baseline: ClockBaseline, enrolled_at: float) -> None:
-    row = await session.get(Baseline, ak_name)
-    if row is None:
-        row = Baseline(ak_name=ak_name)
-        session.add(row)
-    row.clock, row.firmware_version = str(baseline.clock), str(baseline.firmware_version or 0)
-    row.reset_count, row.restart_count = baseline.reset_count, baseline.restart_count
-    row.enrolled_at = enrolled_at
 
 
 def _stored(row: Agent) -> StoredAgent | None:

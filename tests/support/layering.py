@@ -60,6 +60,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
         "tenant/guest_agent.py",
         "attacks/*.py",
         "bench_bare.py",
+        "bench_peers.py",
     ),
 }
 """Outside package: the files that may import it."""

@@ -190,10 +190,12 @@ class MemoryRecords:
         return self.baselines.get(ak_name)
 
     async def raise_clock(self, ak_name: bytes, seen: ClockBaseline) -> None:
-        self._works()
         known = self.baselines.get(ak_name)
         if known is None or (same_counters(known, seen) and seen.clock > known.clock):
             self.baselines[ak_name] = seen
+
+    async def settle(self) -> None:
+        self._works()
 
     async def replace_baseline(self, reboot: Reboot, alarm: Alarm) -> bool:
         self._works()

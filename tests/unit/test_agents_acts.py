@@ -298,11 +298,11 @@ async def test_an_act_loses_no_alarm_that_waits_for_the_database(
         with monkeypatch.context() as patch:
             tried = asyncio.Event()
 
-            def locked(*_: object) -> None:
+            async def locked(*_: object) -> None:
                 tried.set()
                 raise StoreError("locked")
 
-            patch.setattr("harness.tenant.verifier_store._put_progress", locked)
+            patch.setattr("harness.tenant.rounds_store.put_clocks", locked)
             await peers.wire.time.advance(2.0)
             async with asyncio.timeout(WAIT_S):
                 await tried.wait()

@@ -59,6 +59,7 @@ async def test_the_first_accepted_clock_is_the_baseline(database: Store) -> None
     assert await records.baseline(AK) is None
     await records.raise_clock(AK, BASE)
     assert await records.baseline(AK) == BASE
+    await records.settle()
     assert await (await again(database)).baseline(AK) == BASE
 
 
@@ -79,6 +80,7 @@ async def test_accepting_only_raises_the_clock(database: Store, seen: ClockBasel
     await records.raise_clock(AK, BASE)
     await records.raise_clock(AK, seen)
     assert await records.baseline(AK) == (seen if raised else BASE)
+    await records.settle()
     assert await (await again(database)).baseline(AK) == (seen if raised else BASE)
 
 
@@ -284,6 +286,7 @@ async def test_a_damaged_clock_is_no_first_use(database: Store, member: str) -> 
     """Without the clock that was believed last nothing is believed: one sentence, with the way back."""
     records = await again(database)
     await records.raise_clock(AK, BASE)
+    await records.settle()
     async with database.begin() as session:
         await session.execute(update(Baseline).values({member: "no number"}))
     with pytest.raises(StoreError, match=r"clock of key 000b0000.* is damaged; `harness db restore`"):
