@@ -246,3 +246,39 @@ def test_a_waiter_lets_at_most_the_other_pools_pass(data: st.DataObject) -> None
             bound = {each: left - 1 for each, left in bound.items()}
             assert all(left >= 1 for left in bound.values())
     assert pools.waiting == len(bound) == len(pools.waiters())
+
+
+def test_a_kind_whose_last_member_left_is_looked_at_anew() -> None:
+    """Its place in a pool is not kept: somebody may have joined since who may not see what it asks."""
+    pools = Pools(8)
+    stays, gone = waiter(a_request("a", [0])), waiter(a_request("b", [7]))
+    (home, _) = put(pools, stays, gone)
+    pools.discard(gone)
+    assert put(pools, waiter(a_request("c", [0], allowlist=allow([0])))) == [home]
+    assert put(pools, waiter(a_request("b", [7]))) != [home]
+
+
+KINDS = [
+    a_request(f"t{number}", asked, allowlist=allow(allowed))
+    for number, (asked, allowed) in enumerate(
+        [([0], range(16)), ([7], range(16)), ([0], [0]), ([7], [0, 7]), ([1, 7], [1, 7]), ([1], [0, 1])]
+    )
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["come", "come", "go", "take"]), st.integers(0, 5)), max_size=60))
+def test_pools_keep_members_apart_whatever_comes_and_goes(acts: list[tuple[str, int]]) -> None:
+    """Requests of few kinds that come again and again: who is taken together may see what all of them ask."""
+    pools, waiting = Pools(8), list[Waiter]()
+    for number, (act, which) in enumerate([*acts, *[("take", 9)] * 6]):
+        if act == "come":
+            waiting.append(waiter(KINDS[which], float(number)))
+            put(pools, waiting[-1])
+        elif act == "go" and waiting:
+            pools.discard(waiting.pop(which % len(waiting)))
+        elif act == "take" and waiting:
+            taken = pools.take(which or 1, float(number))
+            waiting = [each for each in waiting if each not in taken]
+            for each in taken:
+                assert all(other.pending.request.selection.within(each.pending.allowlist) for other in taken)
+    assert pools.waiting == len(waiting)
