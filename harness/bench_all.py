@@ -37,6 +37,7 @@ def run(
     *,
     output: Path | None,
     as_json: bool,
+    label: str = "",
     find: Callable[[str], Benchmark] = benchmark,
 ) -> int:
     """Runs benchmarks and prints what came of them.
@@ -46,6 +47,7 @@ def run(
         options: for all of them.
         output: file for the results, too.
         as_json: print one JSON object instead of a table.
+        label: what is another in this run than usual; such a run stands apart in the report.
         find: gives the benchmark of a name.
 
     Returns:
@@ -70,7 +72,7 @@ def run(
             console.say(f"bench {name} could not be run: {error.detail}")
             failed = True
     facts["seconds"] = round(time.monotonic() - begun, 1)
-    kept = as_data(results, facts, options)
+    kept = as_data(results, facts, options, label=label)
     if output is not None:
         keep(kept, output)
     if as_json:
@@ -82,11 +84,20 @@ def run(
     return _MET if all(result.ok for result in results) else _MISSED
 
 
-def as_data(results: Sequence[Result], facts: dict[str, object], options: BenchOptions) -> dict[str, object]:
+def as_data(
+    results: Sequence[Result], facts: dict[str, object], options: BenchOptions, *, label: str = ""
+) -> dict[str, object]:
     """What is printed and kept: ``rows`` of all benchmarks and ``machine``, and under ``benchmarks`` the details."""
     details = [result.as_json() for result in results]
     rows = [row for each in details for row in cast("list[object]", each["rows"])]
-    return {"rows": rows, "machine": facts, "quick": options.quick, "benchmarks": details}
+    return {
+        "rows": rows,
+        "machine": facts,
+        "quick": options.quick,
+        "label": label,
+        "options": {"chip": options.chip, "tenants": options.tenants, "seconds": options.seconds, "seed": options.seed},
+        "benchmarks": details,
+    }
 
 
 def keep(data: dict[str, object], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Invariants:
     1. The same files give the same page and the same plots, byte for byte.
-    2. Of each benchmark the newest run is shown in full; the verdicts of all runs are in the history.
+    2. Of each benchmark the newest usual run is shown in full, and the verdicts of all of them in the history; a run
+       with a label stands apart, beside the usual one.
     3. Runs with tiny counts (``--quick``) are refused: their figures mean nothing.
 
 Spec: docs/performance.md itself.
@@ -50,11 +51,13 @@ class Run:
 
     Args:
         at: when, as text that sorts by time.
+        label: what is another in it than usual; empty for a usual run.
         machine: its facts.
         benchmarks: details by name.
     """
 
     at: str
+    label: str
     machine: Mapping[str, Any]
     benchmarks: Mapping[str, Mapping[str, Any]]
 
@@ -90,11 +93,13 @@ def pages(files: Sequence[Path]) -> dict[str, str]:
     Raises:
         ConfigError: a file holds no results of a run.
     """
-    runs = sorted(map(_load, files), key=lambda run: run.at, reverse=True)
+    every = sorted(map(_load, files), key=lambda run: run.at, reverse=True)
+    runs = [run for run in every if not run.label]
     newest = {name: run for name in _ORDER for run in reversed(runs) if name in run.benchmarks}
     if not newest:
         raise ConfigError("there are no results to write about")
     parts = [_HEAD, *(_section(name, newest[name]) for name in _ORDER if name in newest), _history(runs)]
+    parts += [_another(run, newest) for run in every if run.label]
     found = {PAGE: "\n".join(part.rstrip("\n") + "\n" for part in parts)}
     for name, run in newest.items():
         for file, data in run.benchmarks[name]["series"].items():
@@ -108,7 +113,8 @@ def _load(path: Path) -> Run:
         if data["quick"]:
             raise ConfigError(f"{path}: was made with --quick: its figures mean nothing")
         benchmarks = {each["benchmark"]: each for each in data["benchmarks"]}
-        return Run(at=str(data["machine"]["at"]), machine=data["machine"], benchmarks=benchmarks)
+        label = str(data["label"])
+        return Run(at=str(data["machine"]["at"]), label=label, machine=data["machine"], benchmarks=benchmarks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: holds no results of `harness bench`") from error
 
@@ -177,6 +183,18 @@ def _history(runs: Sequence[Run]) -> str:
     ]
     table = _table(("run (UTC)", "what", "target", "figure or ratio", "verdict"), rows)
     return "\n".join(["## History", "", "What has a target, in every run that was kept; the newest first.", "", *table])
+
+
+def _another(run: Run, newest: Mapping[str, Run]) -> str:
+    """A run in which something was another than usual, beside the newest usual one."""
+    rows = []
+    for name in (name for name in _ORDER if name in run.benchmarks):
+        usual = {row["name"]: row for row in newest[name].benchmarks[name]["rows"]} if name in newest else {}
+        for row in run.benchmarks[name]["rows"]:
+            beside = _judged(usual[row["name"]]) if row["name"] in usual else ""
+            rows.append((row["name"], _signs(row["target"]), _judged(row), beside, _VERDICT[row["ok"]]))
+    table = _table(("what", "target", "figure or ratio", "in the usual run", "verdict"), rows)
+    return "\n".join([f"## Another set-up: {run.label}", "", f"Measured {run.at}.", "", *table])
 
 
 def _judged(row: Mapping[str, Any]) -> str:

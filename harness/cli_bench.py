@@ -34,6 +34,9 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Seed of arrival times and 
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="Also keep the results there, for `bench report`.")
 ]
+Label = Annotated[
+    str, typer.Option("--label", metavar="TEXT", help="What is another in this run than usual, for `bench report`.")
+]
 
 
 class _Benchmark(enum.StrEnum):
@@ -53,6 +56,7 @@ def batching(
     seed: Seed = 1,
     quick: Quick = False,
     output: Output = None,
+    label: Label = "",
     as_json: AsJson = False,
 ) -> None:
     """Load one host through real services: response times, throughput, CPU, floods and memory.
@@ -60,7 +64,7 @@ def batching(
     Exits 0 when every target was met, 1 when one was missed, 2 when it cannot be run.
     """
     options = _options(quick, seed, chip=chip, tenants=tenants, seconds=seconds)
-    _run([_Benchmark.BATCHING], options, output=output, as_json=as_json)
+    _run([_Benchmark.BATCHING], options, output=output, as_json=as_json, label=label)
 
 
 @app.command(epilog=examples("harness bench appraise", "harness bench appraise --json"))
@@ -101,6 +105,7 @@ def everything(
     seed: Seed = 1,
     quick: Quick = False,
     output: Output = None,
+    label: Label = "",
     as_json: AsJson = False,
 ) -> None:
     """Run every benchmark, one after the other; about ten minutes on two cores.
@@ -108,7 +113,7 @@ def everything(
     Exits 0 when every target was met, 1 when one was missed, 2 when a benchmark cannot be run (the others are).
     """
     options = _options(quick, seed, chip=chip, tenants=tenants, seconds=seconds)
-    _run(list(_Benchmark), options, output=output, as_json=as_json)
+    _run(list(_Benchmark), options, output=output, as_json=as_json, label=label)
 
 
 @app.command(epilog=examples("harness bench report docs/performance/*.json"))
@@ -142,8 +147,11 @@ def _options(
     return BenchOptions(quick=quick, seed=seed, say=console.say, **{**quickly, **stated})  # type: ignore[arg-type]
 
 
-def _run(which: list[_Benchmark], options: BenchOptions, *, output: Path | None, as_json: bool) -> None:
+def _run(
+    which: list[_Benchmark], options: BenchOptions, *, output: Path | None, as_json: bool, label: str = ""
+) -> None:
     from harness import bench_all
 
-    code = bench_all.run([each.value for each in which], options, output=output, as_json=as_json)
+    names = [each.value for each in which]
+    code = bench_all.run(names, options, output=output, as_json=as_json, label=label)
     raise typer.Exit(code)
