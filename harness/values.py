@@ -33,7 +33,6 @@ RESETTABLE_PCRS = frozenset({16, 23})
 _RESETTABLE_MASK = sum(1 << pcr for pcr in RESETTABLE_PCRS)
 _MASK_TEXT = re.compile(r"0x[0-9a-f]{1,64}")
 _UUID_TEXT = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_HEX_TEXT = re.compile(r"(?:[0-9a-f]{2})*")
 
 
 class HashAlg(enum.Enum):
@@ -86,10 +85,14 @@ def parse_hex(text: str, what: str, *, size: int | None = None, at_least: int = 
         MalformedMessage: another encoding or length.
     """
     low, high = (size, size) if size is not None else (at_least, at_most)
-    if len(text) > 2 * high or not _HEX_TEXT.fullmatch(text) or len(text) < 2 * low:
+    try:
+        data = bytes.fromhex(text) if 2 * low <= len(text) <= 2 * high else None
+    except ValueError:
+        data = None
+    if data is None or data.hex() != text:  # there are spaces or upper-case digits in it
         bounds = f"{low}" if low == high else f"{low} to {high}"
         raise MalformedMessage(f"{what} must be lower-case hex of {bounds} bytes")
-    return bytes.fromhex(text)
+    return data
 
 
 def parse_uuid(text: str, what: str) -> uuid.UUID:

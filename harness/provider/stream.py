@@ -119,7 +119,8 @@ _MEMBERS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "certify": (frozenset({"nonce"}), frozenset()),
     "cancel": (frozenset(), frozenset()),
 }
-"""Members of each order, required and optional, besides ``id`` and ``op``."""
+"""Members of each order, required and optional, besides those that every order has."""
+_EVERY = frozenset({"id", "op"})
 
 
 def open_order(line: str) -> tuple[int, Mapping[str, object]]:
@@ -156,11 +157,10 @@ def parse_order(frame: Mapping[str, object]) -> Order:
     if operation not in _MEMBERS:
         raise MalformedMessage(f"operation {operation[:32]!r} is unknown")
     required, optional = _MEMBERS[operation]
-    names = frame.keys() - {"id", "op"}
-    if missing := sorted(required - names):
-        raise MalformedMessage(f"{operation}: {missing[0]} is missing")
-    if unknown := sorted(names - required - optional):
-        raise MalformedMessage(f"{operation}: member {unknown[0][:32]!r} is unknown")
+    if missing := required - frame.keys():
+        raise MalformedMessage(f"{operation}: {min(missing)} is missing")
+    if unknown := frame.keys() - required - optional - _EVERY:
+        raise MalformedMessage(f"{operation}: member {min(unknown)[:32]!r} is unknown")
     return _PARSERS[operation](frame)
 
 
