@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from harness.errors import GuestNotHere, NotReady
-from harness.provider.batch import Quote, SealedBatch
+from harness.provider.batch import Quote, SealedBatch, TreeBuilder
 from harness.provider.clock import Clock, SystemClock
 from harness.values import AgentId
 
@@ -97,6 +97,16 @@ class Bounds(Protocol):
     @property
     def window_s(self) -> float:
         """Seconds that ``window`` sleeps."""
+
+
+def costs(bounds: Bounds, builder: TreeBuilder) -> list[str]:
+    """What settings that are there for comparison cost, one sentence each; none for the defaults."""
+    found = [f"tree: {builder.name}: {builder.cost}"] if builder.cost else []
+    if bounds.strategy == "single":
+        found.append("strategy: single: every request has a quote of its own, and waits for all those before it")
+    elif bounds.strategy == "window":
+        found.append(f"strategy: window: nobody is answered before {bounds.window_s:g} s, however idle the TPM is")
+    return found
 
 
 def _nobody_looks(report: BatchReport) -> None:

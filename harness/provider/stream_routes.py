@@ -23,6 +23,7 @@ from harness.metrics import Metrics
 from harness.pki import Role
 from harness.provider.batch import RFC9162, TreeBuilder
 from harness.provider.batcher import Batcher, BatchReport, Residency, Surroundings
+from harness.provider.batching import costs
 from harness.provider.desk import Desk
 from harness.provider.host_metrics import HostFigures
 from harness.provider.keys import HostKeys
@@ -57,6 +58,7 @@ class Quoting:
         metrics: Metrics | None = None,
     ) -> None:
         builder = tree_builder(batch.tree)
+        self._costs = costs(batch, builder)
         self._batcher = Batcher(
             keys, residency, batch, builder=builder, surroundings=Surroundings(observe=self._observe)
         )
@@ -99,10 +101,12 @@ class Quoting:
         events.emit("batch", **report.event())
 
     async def run(self) -> None:
-        """Owns the pools; ends as `Batcher.run` does.
+        """Owns the pools; ends as `Batcher.run` does. Warns of settings that are there for comparison.
 
         *Cancellation:* every waiter is released.
         """
+        for cost in self._costs:
+            events.emit("costly_setting", level="warning", detail=cost)
         await self._batcher.run()
 
     async def stop(self) -> None:

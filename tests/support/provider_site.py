@@ -258,11 +258,11 @@ class Alice:
 
 
 @asynccontextmanager
-async def provider(site: Site, sockets: Sockets) -> AsyncIterator[tuple[Alice, asyncio.Task[None]]]:
-    """Everything running: the tenant, and the host agent's task."""
+async def provider(site: Site, sockets: Sockets, **changes: Any) -> AsyncIterator[tuple[Alice, asyncio.Task[None]]]:
+    """Everything running, the host agent with these changes of its settings: the tenant, and the host agent's task."""
     async with (
         registrar(site) as registrar_url,
-        running(site.host_agent(registrar=registrar_url), sockets[0]) as agent,
+        running(site.host_agent(registrar=registrar_url, **changes), sockets[0]) as agent,
         running(site.verifier(), sockets[1]) as verifier,
     ):
         enrolling = site.client(url_of(sockets[1]), Role.TENANT_REGISTRAR)

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 import pytest
 
 from harness import merkle, protocol
+from harness.config import BatchSettings
 from harness.provider.batch import RFC9162, PendingQuote, SealedBatch, TreeBuilder, Waiter, seal
-from harness.provider.batching import BatchReport
+from harness.provider.batching import BatchReport, costs
 from harness.provider.merklelib_tree import MERKLELIB, MerklelibTree
 from tests.support.pendings import a_request, agent, allow
 
@@ -123,6 +124,23 @@ def test_a_batch_event_leaves_out_how_long_each_waited() -> None:
     )  # fmt: skip
     assert report.event() == {key: value for key, value in asdict(report).items() if key != "waits_s"}
     assert report.event()["strategy"] == "batched"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"tree": "merklelib"}, ["merklelib"]),
+        ({"strategy": "single"}, ["single"]),
+        ({"tree": "merklelib", "strategy": "window", "window_s": 7.0}, ["merklelib", "7 s"]),
+    ],
+)
+def test_settings_for_comparison_say_what_they_cost(changes: dict[str, object], named: list[str]) -> None:
+    """One sentence for each; the defaults cost nothing that is worth one."""
+    settings = BatchSettings.model_validate(changes)
+    sentences = costs(settings, {"rfc9162": RFC9162, "merklelib": MERKLELIB}[settings.tree])
+    assert len(sentences) == len(named)
+    assert all(name in sentence for name, sentence in zip(named, sentences, strict=True))
 
 
 def test_a_batch_needs_a_member(rng: random.Random) -> None:
