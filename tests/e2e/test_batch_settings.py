@@ -61,7 +61,7 @@ async def test_every_answer_is_accepted(
     strategy: str,
     quotes: set[int],
 ) -> None:
-    """Whoever shares a quote and whatever builds the tree, the tenant accepts what it gets; costly settings are named."""
+    """Whoever shares a quote, whatever builds the tree: the tenant accepts what it gets; costly settings are named."""
     with bound() as sockets:
         async with new_site() as site:
             counted = Counted(monkeypatch)
