@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from harness.errors import HarnessError, MalformedMessage, MessageTooLarge, TransportError
+from harness.errors import HarnessError, MalformedMessage, MessageTooLarge, PeerUnreachable, TransportError
 from harness.provider.batch import Deliver, PendingQuote, Waiter
 from harness.provider.stream import (
     ORDER_LIMIT,
@@ -24,7 +24,7 @@ from harness.provider.stream_answers import ANSWER_LIMIT, BatchLine, ErrorLine, 
 from harness.provider.stream_host import StreamSession
 from tests.support.batching import WAIT_S, settle, within
 from tests.support.bench import bench
-from tests.support.channels import pipe
+from tests.support.channels import Pipe, pipe
 from tests.support.pendings import a_request
 
 T = TypeVar("T")
@@ -125,6 +125,47 @@ async def test_a_batch_leaves_in_frames_that_fit_and_its_shared_part_is_encoded_
         answered = [entry["id"] for line in lines for entry in json.loads(line)["proofs"]]
         assert sorted(answered) == list(range(2500))
         assert len({line.partition(',"proofs"')[0] for line in lines}) == 1
+        near.close()
+        await within([session])
+
+
+class DeafPipe(Pipe):
+    """An end whose peer does not read: `send` stays in it until the connection is given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gives_up = asyncio.Event()
+
+    async def send(self, text: str) -> None:
+        await self.gives_up.wait()
+        raise PeerUnreachable("the peer did not read")
+
+
+async def test_a_provider_verifier_that_does_not_read_holds_nobody_of_another() -> None:
+    """The batch that both share is answered on the other stream; then its session ends, and its waiters leave."""
+    async with bench() as made:
+        deaf, (near, far) = DeafPipe(), pipe()
+        held = start(StreamSession(deaf, made.batcher, forever).serve())
+        session = start(StreamSession(far, made.batcher, forever).serve())
+        early = await made.in_flight()
+        deaf._inbox.put_nowait(encode_order(1, QuoteOrder(pending=a_request("deaf"))))
+        await near.send(encode_order(1, QuoteOrder(pending=a_request("reads"))))
+        await settle()
+        made.quoter.let_go()
+        await within([early])
+        async with asyncio.timeout(WAIT_S):
+            answer = parse_answer(await near.receive() or "")
+        assert isinstance(answer, BatchLine)
+        made.quoter.hold()
+        deaf._inbox.put_nowait(encode_order(2, QuoteOrder(pending=a_request("deaf"))))
+        deaf._inbox.put_nowait(encode_order(3, QuoteOrder(pending=a_request("deaf"))))
+        await settle()
+        assert made.batcher.waiting == 2
+        deaf.gives_up.set()
+        await asyncio.wait([held], timeout=WAIT_S)
+        assert isinstance(held.exception(), PeerUnreachable)
+        assert made.batcher.waiting == 0
+        made.quoter.let_go()
         near.close()
         await within([session])
 
