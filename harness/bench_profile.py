@@ -24,7 +24,7 @@ _RATE = "200"
 
 
 async def profile_of(bench: Bench, result: Result) -> None:
-    """Adds a profile of each service under the open loop; without py-spy none, which is said.
+    """Adds a profile of each service under the open loop: of threads that hold the interpreter. Without py-spy none.
 
     Raises:
         SimulationError: the load could not be made.
@@ -62,7 +62,18 @@ async def profile_of(bench: Bench, result: Result) -> None:
 
 async def _spy(program: str, pid: int, output: Path, seconds: float) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(program, "record", "--format", "raw", "--rate", _RATE, "--duration", str(int(seconds))),
+        *(
+            program,
+            "record",
+            "--format",
+            "raw",
+            "--full-filenames",
+            "--gil",
+            "--rate",
+            _RATE,
+            "--duration",
+            str(int(seconds)),
+        ),
         *("--output", str(output), "--pid", str(pid)),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
