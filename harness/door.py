@@ -34,6 +34,8 @@ from harness.errors import TooManyConnections
 _ACCEPT_AGAIN_S = 0.1
 _REPORT_EVERY_S = 1.0
 _TLS_CLOSE_S = 1.0
+_GOODBYE_S = 0.5
+"""Peers of ours answer the end of TLS at once; a server that stops waits no longer for the others."""
 _NEVER = float("inf")
 _RESET = struct.pack("ii", 1, 0)
 
@@ -108,6 +110,7 @@ class Door:
         self._context = context
         self._open = 0
         self._guards: set[_Guard] = set()
+        self._empty = asyncio.Event()
         self._unreported = 0
         self._reported_at = -_REPORT_EVERY_S
 
@@ -137,6 +140,21 @@ class Door:
                     continue
                 self._open += 1
                 handshakes.create_task(self._admit(connection))
+
+    async def close(self) -> None:
+        """Waits for connections that are being closed, and cuts off what is still open after `_GOODBYE_S`.
+
+        *Cancellation:* nothing more is waited for.
+        """
+        for last in (False, True):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_S):
+                    while self._guards:
+                        self._empty.clear()
+                        await self._empty.wait()
+            if not last:
+                for guard in list(self._guards):
+                    guard.abort()
 
     async def _admit(self, connection: socket.socket) -> None:
         guard = None
@@ -174,6 +192,7 @@ class Door:
         self._open -= 1
         if guard is not None:
             self._guards.discard(guard)
+            self._empty.set()
 
     def _report(self, event: str, detail: str) -> None:
         """At most one event a second: whoever knocks must not be able to fill the disk."""

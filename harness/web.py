@@ -333,14 +333,15 @@ async def serve(
             max_line_size=LINE_LIMIT,
             max_field_size=LINE_LIMIT,
         )
-        accepting = Door(connection, context, bounds, refused).run(listening)
+        door = Door(connection, context, bounds, refused)
         watching = CertificateWatch(own, app[_AUDIT], lambda: _close_expired(app)).run()
         try:
-            async with _beside(accepting, watching):
+            async with _beside(door.run(listening), watching):
                 yield Server(_url(listening), own, context)
         finally:
             listening.close()
             await runner.cleanup()
+            await door.close()
     finally:
         listening.close()
 
