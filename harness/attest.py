@@ -12,6 +12,7 @@ Spec: TPM 2.0 Part 2: TPMS_ATTEST 10.12.12, TPMT_SIGNATURE 11.3.4, TPMS_CLOCK_IN
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from harness.errors import MalformedMessage, QuoteSignatureInvalid
 from harness.public_area import RESERVED_ATTRIBUTES, KeyType, ObjectAttributes, Public, Scheme, parse_public
 from harness.reader import Reader
-from harness.values import ClockInfo, HashAlg
+from harness.values import HASH_ALGS, ClockInfo, HashAlg
 
 __all__ = [
     "RESERVED_ATTRIBUTES",
@@ -51,6 +52,8 @@ TPM_GENERATED_VALUE = 0xFF544347
 ST_ATTEST_CERTIFY = 0x8017
 ST_ATTEST_QUOTE = 0x8018
 _RH_OWNER = 0x40000001
+_CLOCK = struct.Struct(">QIIBQ")
+"""TPMS_CLOCK_INFO, and the firmware version behind it."""
 _MAX_NAME = 68
 _MAX_DATA = 66
 _MAX_DIGEST = 64
@@ -122,11 +125,11 @@ def parse_attest(data: bytes) -> Attest:
     kind = reader.integer(2, "type")
     signer = reader.tpm2b("qualifiedSigner", at_most=_MAX_NAME)
     extra_data = reader.tpm2b("extraData", at_most=_MAX_DATA)
-    clock, resets, restarts = (reader.integer(size, "clockInfo") for size in (8, 4, 4))
-    safe = reader.integer(1, "safe")
+    clock, resets, restarts, safe, firmware_version = _CLOCK.unpack(
+        reader.take(_CLOCK.size, "clockInfo and firmwareVersion")
+    )
     if safe > 1:
         raise MalformedMessage(f"TPMS_ATTEST: safe is {safe}, neither yes nor no")
-    firmware_version = reader.integer(8, "firmwareVersion")
     if kind == ST_ATTEST_QUOTE:
         attested: QuoteInfo | CertifyInfo = _quote_info(reader)
     elif kind == ST_ATTEST_CERTIFY:
@@ -194,7 +197,7 @@ def parse_signature(data: bytes) -> Signature:
     if scheme not in {Scheme.RSASSA, Scheme.ECDSA}:
         raise MalformedMessage(f"TPMT_SIGNATURE: scheme {scheme:#06x} is neither RSASSA nor ECDSA")
     hash_id = reader.integer(2, "hash")
-    hash_alg = {alg.value: alg for alg in HashAlg}.get(hash_id)
+    hash_alg = HASH_ALGS.get(hash_id)
     if hash_alg is None:
         raise MalformedMessage(f"TPMT_SIGNATURE: hash {hash_id:#06x} is not one of sha256, sha384, sha512")
     if scheme == Scheme.RSASSA:
@@ -250,6 +253,10 @@ def owner_qualified_name(public: Public) -> bytes:
 
     Spec: TPM 2.0 Part 1, 16 (qualified names); the hash is the key's nameAlg.
     """
+    return public.once("owner's qualified name", lambda: _owner_qualified_name(public))
+
+
+def _owner_qualified_name(public: Public) -> bytes:
     name = public.name
     hash_name = {0x0004: "sha1", 0x000B: "sha256", 0x000C: "sha384", 0x000D: "sha512"}[public.name_alg]
     return name[:2] + hashlib.new(hash_name, _RH_OWNER.to_bytes(4, "big") + name).digest()

@@ -92,6 +92,10 @@ def check_ak(public: Public) -> None:
     Raises:
         UnacceptableKey: which of these does not hold.
     """
+    public.once("acceptable as AK", lambda: _check_ak(public))
+
+
+def _check_ak(public: Public) -> None:
     _check_attributes(public, "AK", must=_AK_SET, must_not=_AK_CLEAR)
     _check_name_alg(public, "AK")
     if public.scheme_hash is None:

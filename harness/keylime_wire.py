@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from harness.errors import MalformedEvidence
-from harness.values import PCR_COUNT, SIZE_OF_SELECT, HashAlg, PcrSelection, PcrValues, pcrs_in
+from harness.values import HASH_ALGS, PCR_COUNT, SIZE_OF_SELECT, HashAlg, PcrSelection, PcrValues, pcrs_in
 
 _SELECTIONS = 16
 _PER_LIST = 8
@@ -93,7 +93,7 @@ def _parse_pcrs(data: bytes) -> dict[HashAlg, dict[int, bytes]]:
     pcrs: dict[HashAlg, dict[int, bytes]] = {}
     for number in range(banks):
         alg_id, _, bits = _SELECTION.unpack_from(data, _COUNT.size + number * _SELECTION.size)
-        bank = {alg.value: alg for alg in HashAlg}.get(alg_id)
+        bank = HASH_ALGS.get(alg_id)
         if bank is None or bank in pcrs:
             raise MalformedEvidence("PCR values name an unknown bank, or one twice")
         try:

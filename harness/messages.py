@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from harness.errors import MalformedEvidence, MalformedMessage, MessageTooLarge
 from harness.merkle import HASH_SIZE, InclusionProof
 from harness.protocol import QuoteRequest
 from harness.values import (
+    PCR_COUNT,
     HashAlg,
     HostId,
     Nonce,
@@ -59,7 +59,7 @@ _MAX_DEPTH = 100
 _MAX_STRUCTURE = 4096
 _MAX_HASHES = 64
 _MAX_VALUE = 64
-_PCR_INDEX = re.compile(r"[0-9]|1[0-9]|2[0-3]")
+_PCR_INDICES = {str(pcr): pcr for pcr in range(PCR_COUNT)}
 _PARAMETERS = frozenset({"nonce", "mask", "hash_alg", "agent_id", "binding", "host_id"})
 
 
@@ -325,7 +325,8 @@ def _pcrs(value: object) -> dict[HashAlg, dict[int, bytes]]:
             raise MalformedEvidence("pcrs names a bank that is not sha256, sha384 or sha512") from None
         pcrs[alg] = {}
         for index, digest in _object(values, f"pcrs.{bank}").items():
-            if not _PCR_INDEX.fullmatch(index):
+            pcr = _PCR_INDICES.get(index)
+            if pcr is None:
                 raise MalformedEvidence(f"pcrs.{bank} has an index that is not a decimal from 0 to 23")
-            pcrs[alg][int(index)] = _hex(digest, f"pcrs.{bank}.{index}")
+            pcrs[alg][pcr] = _hex(digest, f"pcrs.{bank}.{index}")
     return pcrs

@@ -6,6 +6,7 @@ Invariants:
     1. The Name is the digest of the public area as received.
     2. Whether modulus and point make a key is not a question of parsing: `Public.key` answers it, and the checklists of
        `credential` ask.
+    3. What follows from a public area alone is computed once (`Public.once`); what was refused is refused again.
 
 Spec: TPM 2.0 Part 2: TPMT_PUBLIC 12.2.4, TPMS_RSA_PARMS 12.2.3.5, TPMS_ECC_PARMS 12.2.3.6, TPMA_OBJECT 8.3; Part 1, 16.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -24,6 +27,7 @@ from harness.errors import MalformedMessage
 from harness.reader import Reader
 from harness.values import HashAlg
 
+T = TypeVar("T")
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 DEFAULT_EXPONENT = 65537
 _NAME_HASHES = {0x0004: "sha1", 0x000B: "sha256", 0x000C: "sha384", 0x000D: "sha512"}
@@ -130,10 +134,25 @@ class Public:
     point: tuple[int, int] = (0, 0)
     unique: tuple[bytes, ...] = field(default=(), repr=False)
     area: bytes = field(default=b"", repr=False)
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives, from the second time on without computing it.
+
+        Args:
+            what: names the result; it follows from this public area and nothing else.
+            compute: makes it; what it raises is raised, and it is called again the next time.
+        """
+        if what not in self._known:
+            self._known[what] = compute()
+        return self._known[what]  # type: ignore[no-any-return]
 
     @property
     def name(self) -> bytes:
         """Name: nameAlg (2 bytes, big-endian) and the digest of the public area (Part 1, 16)."""
+        return self.once("name", self._make_name)
+
+    def _make_name(self) -> bytes:
         return self.name_alg.to_bytes(2, "big") + hashlib.new(_NAME_HASHES[self.name_alg], self.area).digest()
 
     def marshal(self) -> bytes:
@@ -147,6 +166,9 @@ class Public:
             MalformedMessage: a curve, modulus or exponent that no key of ours can have, a modulus of another length
                 than stated or an even one, or a point off its curve or with a padded coordinate.
         """
+        return self.once("key", self._make_key)
+
+    def _make_key(self) -> PublicKey:
         try:
             if self.type is KeyType.RSA:
                 if not self.size_bits == self.modulus.bit_length() == 8 * len(self.unique[0]):

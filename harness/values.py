@@ -16,6 +16,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NewType
 
 from harness.errors import MalformedMessage
@@ -42,6 +43,8 @@ class HashAlg(enum.Enum):
     SHA384 = 0x000C
     SHA512 = 0x000D
 
+    __hash__ = object.__hash__  # each is one object; Enum's own hashes the name, in Python, at every look-up
+
     @property
     def text(self) -> str:
         """Name on the wire: ``sha256``, ``sha384`` or ``sha512``."""
@@ -50,11 +53,11 @@ class HashAlg(enum.Enum):
     @property
     def digest_size(self) -> int:
         """Length of a digest, in bytes."""
-        return {11: 32, 12: 48, 13: 64}[self.value]
+        return _SIZES[self]
 
     def digest(self, data: bytes) -> bytes:
         """Digest of ``data``."""
-        return hashlib.new(self.text, data).digest()
+        return _DIGESTS[self](data).digest()
 
     @classmethod
     def parse(cls, text: str) -> HashAlg:
@@ -68,7 +71,11 @@ class HashAlg(enum.Enum):
         raise MalformedMessage(f"hash algorithm {text[:32]!r} is not one of sha256, sha384, sha512")
 
 
+HASH_ALGS: Mapping[int, HashAlg] = MappingProxyType({alg.value: alg for alg in HashAlg})
+"""By TPM_ALG_ID."""
 _BY_TEXT = {alg.text: alg for alg in HashAlg}
+_SIZES = {HashAlg.SHA256: 32, HashAlg.SHA384: 48, HashAlg.SHA512: 64}
+_DIGESTS = {HashAlg.SHA256: hashlib.sha256, HashAlg.SHA384: hashlib.sha384, HashAlg.SHA512: hashlib.sha512}
 
 
 def parse_hex(text: str, what: str, *, size: int | None = None, at_least: int = 0, at_most: int = 4096) -> bytes:

@@ -73,7 +73,7 @@ from harness.tenant.verdict import (
     Verdict,
     advance,
 )
-from harness.values import SIZE_OF_SELECT, ClockBaseline, HashAlg, PcrSelection, PcrValues, pcrs_in
+from harness.values import HASH_ALGS, SIZE_OF_SELECT, ClockBaseline, HashAlg, PcrSelection, PcrValues, pcrs_in
 
 __all__ = [
     "TRANSPORT_KEY_PCR",
@@ -93,7 +93,6 @@ __all__ = [
 TRANSPORT_KEY_PCR = 16
 """Keylime extends the digest of its transport key here (facts of Keylime's agent protocol)."""
 _BANK_LIMIT = 3
-_HASHES = {alg.value: alg for alg in HashAlg}
 
 
 def appraise_host(results: object, sent: SentRequest, trust: HostTrust, *, guest_binding: bytes | None) -> Verdict:
@@ -201,7 +200,7 @@ def _quote(data: bytes) -> tuple[Attest, QuoteInfo]:
     entries = attest.attested.selection
     if not 1 <= len(entries) <= _BANK_LIMIT:
         raise NotATpmQuote(f"the quote selects {len(entries)} banks, not 1 to {_BANK_LIMIT}")
-    if any(entry.hash_alg not in _HASHES or entry.size_of_select != SIZE_OF_SELECT for entry in entries):
+    if any(entry.hash_alg not in HASH_ALGS or entry.size_of_select != SIZE_OF_SELECT for entry in entries):
         raise NotATpmQuote("the quote selects a bank that is not allowed, or not by three bytes")
     if len({entry.hash_alg for entry in entries}) != len(entries):
         raise NotATpmQuote("the quote selects a bank twice")
@@ -233,28 +232,23 @@ def _check_signer(attest: Attest, trust: HostTrust) -> None:
         raise UntrustedKey("the AK is not a primary of the owner hierarchy")
 
 
-def _signed(quote: QuoteInfo) -> list[tuple[HashAlg, int]]:
-    """Signed (bank, index) pairs in signed order."""
-    return [(_HASHES[entry.hash_alg], pcr) for entry in quote.selection for pcr in pcrs_in(entry.mask)]
-
-
 def _check_coverage(quote: QuoteInfo, requested: PcrSelection) -> None:
-    missing = set(requested) - set(_signed(quote))
-    if missing:
-        bank, pcr = min(missing, key=lambda pair: (pair[0].value, pair[1]))
-        raise SelectionNotCovered(f"the signed selection lacks PCR {pcr} of {bank.text}")
+    signed = {HASH_ALGS[entry.hash_alg]: entry.mask for entry in quote.selection}
+    for bank, mask in requested.banks:
+        missing = mask & ~signed.get(bank, 0)
+        if missing:
+            raise SelectionNotCovered(f"the signed selection lacks PCR {next(pcrs_in(missing))} of {bank.text}")
 
 
 def _check_values(quote: QuoteInfo, pcrs: PcrValues, ak: Public) -> None:
-    signed = _signed(quote)
-    given = {(bank, pcr) for bank, values in pcrs.items() for pcr in values}
-    if given != set(signed) or set(pcrs) != {bank for bank, _ in signed}:
+    signed = {HASH_ALGS[entry.hash_alg]: list(pcrs_in(entry.mask)) for entry in quote.selection if entry.mask}
+    if pcrs.keys() != signed.keys() or any(pcrs[bank].keys() != set(chosen) for bank, chosen in signed.items()):
         raise PcrDigestMismatch("the values are not exactly those of the signed selection")
-    if any(len(pcrs[bank][pcr]) != bank.digest_size for bank, pcr in signed):
+    if any({len(value) for value in values.values()} != {bank.digest_size} for bank, values in pcrs.items()):
         raise PcrDigestMismatch("a value does not have the length of its bank's digests")
     if ak.scheme_hash is None:
         raise UntrustedKey("the AK's scheme fixes no hash")
-    digest = ak.scheme_hash.digest(b"".join(pcrs[bank][pcr] for bank, pcr in signed))
+    digest = ak.scheme_hash.digest(b"".join(pcrs[bank][pcr] for bank, chosen in signed.items() for pcr in chosen))
     if not _equal(digest, quote.pcr_digest):
         raise PcrDigestMismatch("the values do not hash to the signed pcrDigest")
 
@@ -271,12 +265,13 @@ def _check_policy(policy: Policy | None, requested: PcrSelection, pcrs: PcrValue
         raise ReferenceValueMismatch("the policy names no PCR")
     if not policy.selection.within(requested):
         raise ReferenceValueMismatch("the policy names a PCR that was not requested")
-    for bank, pcr in policy.selection:
-        allowed = policy.allowed[bank][pcr]
-        if not allowed:
-            raise ReferenceValueMismatch(f"the policy allows no value for PCR {pcr} of {bank.text}")
-        if pcrs[bank][pcr] not in allowed:
-            raise ReferenceValueMismatch(f"PCR {pcr} of {bank.text} does not have an allowed value")
+    for bank, mask in policy.selection.banks:
+        allowed, values = policy.allowed[bank], pcrs[bank]
+        for pcr in pcrs_in(mask):
+            if not allowed[pcr]:
+                raise ReferenceValueMismatch(f"the policy allows no value for PCR {pcr} of {bank.text}")
+            if values[pcr] not in allowed[pcr]:
+                raise ReferenceValueMismatch(f"PCR {pcr} of {bank.text} does not have an allowed value")
 
 
 def _check_clock(attest: Attest, baseline: ClockBaseline | None) -> ClockBaseline:
@@ -313,8 +308,9 @@ def _appraised(
     seen: ClockBaseline, pcrs: PcrValues, requested: PcrSelection, policy: Policy | None
 ) -> AppraisedEvidence:
     judged = policy.selection if policy else PcrSelection()
-    unjudged = {bank: pcrs_in(mask & ~judged.mask(bank)) for bank, mask in requested.banks}
-    return AppraisedEvidence(baseline=seen, values=pcrs, unjudged=PcrSelection.from_lists(unjudged))
+    unjudged = ((bank, mask & ~judged.mask(bank)) for bank, mask in requested.banks)
+    left = PcrSelection(tuple((bank, mask) for bank, mask in unjudged if mask))
+    return AppraisedEvidence(baseline=seen, values=pcrs, unjudged=left)
 
 
 def _rejected(error: AppraisalError, proven: PcrValues | None, new_baseline: ClockBaseline | None = None) -> Rejected:

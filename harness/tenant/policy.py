@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harness.errors import MalformedMessage
 from harness.values import HashAlg, PcrSelection, parse_hex
@@ -24,11 +24,11 @@ class Policy:
     """Allowed digests by bank and PCR index."""
 
     allowed: Mapping[HashAlg, Mapping[int, frozenset[bytes]]]
+    selection: PcrSelection = field(init=False, compare=False)
+    """The PCRs that the policy names."""
 
-    @property
-    def selection(self) -> PcrSelection:
-        """The PCRs that the policy names."""
-        return PcrSelection.from_lists(self.allowed)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "selection", PcrSelection.from_lists(self.allowed))
 
     @classmethod
     def of(cls, bank: HashAlg, values: Mapping[int, bytes]) -> Policy:

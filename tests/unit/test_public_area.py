@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import MalformedMessage
+from harness.credential import check_ak
+from harness.errors import MalformedMessage, UnacceptableKey
 from harness.public_area import (
     RESERVED_ATTRIBUTES,
     KeyType,
@@ -242,3 +243,33 @@ def test_any_bytes_are_a_public_area_or_malformed(data: bytes, in_its_length: bo
     """Nothing else is raised."""
     with contextlib.suppress(MalformedMessage):
         parse_public(sized(data) if in_its_length else data)
+
+
+def test_what_follows_from_an_area_is_computed_once() -> None:
+    """Name, key and acceptance of a pinned key are not made anew for each answer."""
+    public = ecc_key().public
+    assert public.key() is public.key()
+    assert public.name is public.name
+    calls: list[int] = []
+    for _ in range(3):
+        public.once("x", lambda: calls.append(1))
+    assert calls == [1]
+
+
+def test_what_was_refused_is_refused_again() -> None:
+    """A key that cannot be used never becomes one by asking twice."""
+    public = replace(ecc_key().public, curve=0x7777)
+    for _ in range(2):
+        with pytest.raises(MalformedMessage, match="curve"):
+            public.key()
+        with pytest.raises(UnacceptableKey):
+            check_ak(public)
+
+
+def test_a_changed_area_knows_nothing_of_the_one_before() -> None:
+    """A public area that was copied with another field computes its own."""
+    public = ecc_key().public
+    check_ak(public)
+    assert public.key() is not None
+    with pytest.raises(UnacceptableKey):
+        check_ak(replace(public, scheme_hash=None))
