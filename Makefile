@@ -31,9 +31,12 @@ bench: setup ## measure what is promised, beside yardsticks of the same run; abo
 	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/harness bench all $(ARGS)
 
+keylime: ## stock Keylime in .keylime: what `harness bench appraise` compares itself with
+	@tools/keylime.sh
+
 clean: ## remove what tests and builds left behind; .venv stays
 	@rm -rf .tox build dist .coverage .coverage.* coverage.xml .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find harness tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
-	@rm -rf .venv *.egg-info
+distclean: clean ## remove .venv and .keylime too
+	@rm -rf .venv .keylime *.egg-info

@@ -13,13 +13,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
+ME=setup
 VENV=.venv
 READY=$VENV/.ready
 PACKAGES_ONLY= FOR_TESTS=
 
-say() { printf 'setup: %s\n' "$*" >&2; }
-fail() { say "$*"; exit 2; }
-have() { command -v "$1" >/dev/null 2>&1; }
+. tools/common.sh
 
 # --- distribution packages ---------------------------------------------------------------------------------------
 
@@ -71,42 +70,16 @@ choose_python() {
     return 1
 }
 
-# Runs a command with the rights to install packages.
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    elif have sudo && sudo -n true 2>/dev/null; then
-        sudo -n "$@"
-    elif have sudo && [ -t 2 ] && [ -r /dev/tty ]; then
-        say "sudo is needed to install packages"
-        sudo "$@" </dev/tty
-    else
-        fail "packages are missing and there is no right to install them; run as root: $*"
-    fi
-}
-
 install_packages() {
-    local missing names
+    local missing
     missing=$(missing_packages)
     [ -n "$missing" ] || return 0
     case $missing in *postgresql*)
         say "the tests run private PostgreSQL servers; a service that the package starts is not used and may be disabled" ;;
     esac
-    if have apt-get; then
-        names=$(cut -d' ' -f1 <<<"$missing" | sort -u | tr '\n' ' ')
-        say "installing with apt-get: $names"
-        # One root shell: one password at most. The list is ours, not a user's.
-        as_root env DEBIAN_FRONTEND=noninteractive sh -c \
-            "apt-get -qq update && apt-get -qq install -y --no-install-recommends $names"
-    elif have dnf; then
-        names=$(cut -d' ' -f2 <<<"$missing" | sort -u | tr '\n' ' ')
-        say "installing with dnf: $names"
-        as_root sh -c "dnf -q -y install $names"
-    else
-        fail "missing, and neither apt-get nor dnf is here to install them: $(cut -d' ' -f1 <<<"$missing" | tr '\n' ' ')"
-    fi
+    install_named "$(names_of 1 "$missing")" "$(names_of 2 "$missing")"
     missing=$(missing_packages)
-    [ -z "$missing" ] || fail "still missing after the installation: $(cut -d' ' -f1 <<<"$missing" | tr '\n' ' ')"
+    [ -z "$missing" ] || fail "still missing after the installation: $(names_of 1 "$missing")"
 }
 
 # --- the virtual environment -------------------------------------------------------------------------------------
