@@ -13,7 +13,6 @@ Spec: DESIGN 3.2 (leaf, filling), 3.3, 4.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,7 +109,7 @@ class Waiter:
         deliver: takes the outcome; None when nobody waits (any more).
     """
 
-    __slots__ = ("_after", "_before", "arrived_s", "deliver", "due_s", "kind", "pending", "pool")
+    __slots__ = ("_after", "_before", "_leaf_hash", "arrived_s", "deliver", "due_s", "kind", "pending", "pool")
 
     def __init__(
         self,
@@ -127,8 +126,9 @@ class Waiter:
         self.kind = kind
         self.deliver = deliver
         self.pool: Pool | None = None
-        # Ready when the batch is sealed: the TPM then waits for nothing but a hash.
+        # As much as is known now, so that the TPM waits for no more than it must when the batch is sealed.
         self._before, self._after = protocol.leaf_ends(pending.request, requester=pending.requester)
+        self._leaf_hash = self._hash(b"") if pending.agent_id is None else None
 
     def leaf_hash(self, vtpm_ek: bytes | None) -> bytes:
         """This request's leaf hash.
@@ -139,9 +139,12 @@ class Waiter:
         Raises:
             ValueError: a guest without ``vtpm_ek``, or the reverse.
         """
-        if (self.pending.request.agent_id is None) != (vtpm_ek is None):
+        if (self._leaf_hash is None) != (vtpm_ek is not None):
             raise ValueError("vtpm_ek is present exactly when agent_id is")
-        return hashlib.sha256(b"\x00" + self._before + protocol.tpm2b(vtpm_ek or b"") + self._after).digest()
+        return self._leaf_hash or self._hash(vtpm_ek or b"")
+
+    def _hash(self, vtpm_ek: bytes) -> bytes:
+        return merkle.leaf_hash(self._before + protocol.tpm2b(vtpm_ek) + self._after)
 
 
 class SealedBatch:
