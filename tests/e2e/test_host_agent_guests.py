@@ -31,7 +31,7 @@ async def test_without_a_guest_manager_the_host_is_attested_and_guests_are_not_r
     """Not knowing who runs here is 503, not 404; host-only requests do not suffer."""
     settings = site.agent_settings(database=f"sqlite+aiosqlite:///{site.folder / 'agent.db'}")
     async with linked(site, HostAgent(settings)) as link:
-        assert (await link.quote(a_request()))["host_id"]
+        assert b'"host_id":' in (await link.quote(a_request())).text
         with pytest.raises(NotReady):
             await link.quote(a_request(agent_id=agent(1)))
 
