@@ -16,7 +16,7 @@ from harness.errors import (
     PeerUnreachable,
 )
 from harness.peer import PeerClient
-from harness.web_envelope import BODY_LIMIT
+from harness.web_answer import BODY_LIMIT
 from tests.support.web_lab import WAIT_S, Pki, refusal, service, wire
 
 
