@@ -113,8 +113,12 @@ class VerifierSite:
         spent, elapsed = cpu_s(self.pid) - cpu, time.monotonic() - begin
         made = await self._accepted() - rounds
         if made < 1:
-            raise SimulationError("the verifier accepted no round; its log says why")
+            raise SimulationError("no guest was attested anew in the window; the verifier's log says why")
         return Cost(rounds=made, cpu_s=spent, elapsed_s=elapsed)
+
+    async def end_peers(self) -> None:
+        """Ends everybody the verifier talks to. *Cancellation:* they may still run."""
+        await ended(self._peers)
 
     def _tls(self, owner: str, role: Role, name: str) -> config.TlsSettings:
         stem = f"{role.value}-{name}"
@@ -132,9 +136,9 @@ class VerifierSite:
         )
         path = self._folder / "peers.settings"
         path.write_text(settings.model_dump_json(), encoding="utf-8")
-        process = await started("harness.bench_peers", path)
-        self._stack.push_async_callback(ended, process)
-        if await said_line(process, _READY_S) != "ready":
+        self._peers = await started("harness.bench_peers", path)
+        self._stack.push_async_callback(ended, self._peers)
+        if await said_line(self._peers, _READY_S) != "ready":
             raise SimulationError("the verifier's peers did not start")
         return Addresses.model_validate_json(settings.result.read_bytes())
 

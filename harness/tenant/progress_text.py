@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from harness.errors import MalformedMessage, StoreError
@@ -19,18 +19,18 @@ from harness.tenant.ports import PastVerdict, Progress, Reboot, Seen
 from harness.tenant.states import State
 from harness.values import ClockBaseline, HashAlg, PcrValues
 
-_ELSEWHERE = {"state", "seen"}
-"""Members with a column of their own."""
+_MEMBERS = [each.name for each in fields(Progress) if each.name not in {"state", "seen"}]
+"""Members that have none of their own and share this one."""
 _BUILT = {"host_baseline", "refused_reboot", "verdicts"}
 
 
 def encode_progress(progress: Progress) -> str:
     """JSON text of everything but the state and the PCR values."""
-    members = {each.name: getattr(progress, each.name) for each in fields(progress) if each.name not in _ELSEWHERE}
+    members = {name: getattr(progress, name) for name in _MEMBERS}
     reboot = progress.refused_reboot
     members |= {
         "host_baseline": _encode_clock(progress.host_baseline),
-        "verdicts": [asdict(verdict) for verdict in progress.verdicts],
+        "verdicts": [_members(verdict) for verdict in progress.verdicts],
         "refused_reboot": None
         if reboot is None
         else {
@@ -100,7 +100,12 @@ def _decode_pcrs(banks: Mapping[str, Mapping[str, str]]) -> PcrValues:
 
 
 def _encode_clock(baseline: ClockBaseline | None) -> dict[str, Any] | None:
-    return None if baseline is None else asdict(baseline)
+    return None if baseline is None else _members(baseline)
+
+
+def _members(value: PastVerdict | ClockBaseline) -> dict[str, Any]:
+    """As `dataclasses.asdict`, which copies deeply what is plain here: each round encodes this."""
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def _decode_clock(members: dict[str, Any] | None) -> ClockBaseline | None:
