@@ -76,7 +76,7 @@ async def single(bench: Bench, result: Result, batched: tuple[int, float]) -> No
     """
     clients, rate = batched
     bench.options.say(f"closed loop, {clients} clients, strategy single")
-    seconds = 2.0 if bench.options.quick else 12.0
+    seconds = 2.0 if bench.options.quick else 10.0
     load = Closed(connections=clients, seconds=seconds, tenants=bench.tenants)
     outcome = (await bench.load(load, drain_s=0.5)).outcomes[0]
     alone = Sample.of([max(1, ended(outcome, outcome.begin_s, outcome.begin_s + seconds)) / seconds])
@@ -96,7 +96,7 @@ async def flood(bench: Bench, result: Result) -> None:
     *Cancellation:* the site is left as it is.
     """
     quick = bench.options.quick
-    requests, connections, seconds, rate = (100, 20, 1.5, 40.0) if quick else (10_000, 1_088, 8.0, 200.0)
+    requests, connections, seconds, rate = (100, 20, 1.5, 40.0) if quick else (10_000, 1_088, 7.0, 200.0)
     others = [tenant for tenant in bench.tenants if tenant != 0]
     p99, busy, peaks, grown, untyped, lost = [], [], [], [], [], []
     refused: dict[str, int] = {}

@@ -37,7 +37,7 @@ class OpenLoop:
         """The load of the table, or a tiny one."""
         if bench.options.quick:
             return cls(rate=60, connections=40, settle_s=0.5, seconds=2.0, single_s=1.5, bare_s=1.0)
-        return cls(rate=1000, connections=900, settle_s=3.0, seconds=bench.options.seconds, single_s=20.0, bare_s=20.0)
+        return cls(rate=1000, connections=900, settle_s=3.0, seconds=bench.options.seconds, single_s=15.0, bare_s=15.0)
 
     def poisson(self, bench: Bench, seconds: float) -> Poisson:
         """As an order."""
