@@ -18,7 +18,8 @@ from harness.errors import MalformedMessage
 HEADER = "Prefer"
 LONGEST_WAIT_S = 30
 """Seconds in which any answer is of use: a nonce is good for as long."""
-_PREFERENCE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,"])+')
+_PREFERENCE = re.compile(r'(?:"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[^,"])+', re.DOTALL)
+"""Whatever stands in the field is read once: text in quotes that nobody closed goes to the end, and never back."""
 _SECONDS = re.compile(r'"?([0-9]{1,9})"?')
 
 

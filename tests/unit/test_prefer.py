@@ -31,6 +31,9 @@ from harness.prefer import LONGEST_WAIT_S, parse_wait, prefer_wait
         (["wait=7; because"], 7.0),
         (["respond-async, wait=7"], 7.0),
         (['foo="a\\", wait=3", wait=7'], 7.0),
+        (['wait=7, foo="bar'], 7.0),
+        (['foo="bar, wait=7'], 30.0),
+        (['foo="bar\\'], 30.0),
         (["respond-async", "wait=7"], 7.0),
         (["wait=7, wait=9"], 7.0),
         (["wait=7", "wait=x"], 7.0),
@@ -50,6 +53,15 @@ def test_a_malformed_wait_is_refused(value: str) -> None:
     """Whoever states a deadline is not served by a guessed one."""
     with pytest.raises(MalformedMessage, match="Prefer: wait"):
         parse_wait([value])
+
+
+MOST = 128 * 8190  # characters: as many header fields as aiohttp takes, each as long as it may be
+
+
+@pytest.mark.parametrize("value", ['"' + '\\"' * (MOST // 2), '"\\' * (MOST // 2), 'a"' * (MOST // 2 - 1) + '"'])
+def test_a_field_that_no_client_would_send_is_read_once(value: str) -> None:
+    """Quotes that are never closed: looked at anew from each of them, they would hold up the event loop for hours."""
+    assert parse_wait([value]) == LONGEST_WAIT_S
 
 
 @given(st.lists(st.text(max_size=40), max_size=4))
