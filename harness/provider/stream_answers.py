@@ -6,6 +6,7 @@ reads it once to know that it is an object of JSON, and a proof not at all beyon
 Invariants:
     1. What is handed on as text is JSON: the shared part was parsed, and a proof has the one form that is written here.
     2. The shared part has no member ``proof``: no tenant is given two.
+    3. What a host agent has handed to many is bounded: a frame is not multiplied into gigabytes of answers.
 
 Spec: DESIGN 3.3, 4; docs/protocol.md, stream.
 """
@@ -22,9 +23,12 @@ from harness.provider.stream import id_of, parse_object
 
 ANSWER_LIMIT = 4 * 1024 * 1024
 """Characters of a frame to the provider verifier."""
+SHARED_LIMIT = 16 * 1024
+"""Bytes of a batch's shared part, of which every member is handed a copy; all PCRs of three banks take 8 KiB."""
 PROOFS_PER_LINE = 1000
 """A proof takes at most 1.5 KiB of JSON (20 hashes); a thousand and the shared part stay under `ANSWER_LIMIT`."""
 
+_DETAIL_LIMIT = 500
 _BATCH, _PROOFS, _END = '{"batch":', ',"proofs":[', "]}"
 _ENTRY = re.compile(
     r'\{"id":(0|[1-9][0-9]{0,15}),"proof":'
@@ -99,7 +103,7 @@ def parse_answer(line: str) -> AnswerLine:
 
     Raises:
         MalformedMessage: another outline.
-        MessageTooLarge: longer than `ANSWER_LIMIT`.
+        MessageTooLarge: longer than `ANSWER_LIMIT`, or a shared part longer than `SHARED_LIMIT`.
     """
     if line.startswith(_BATCH):
         return _parse_batch(line)
@@ -116,7 +120,7 @@ def _parse_batch(line: str) -> BatchLine:
     # No string of JSON can hold the separator, because its quotes would be escaped; inside of another member it leaves
     # a shared part that does not parse.
     shared, _, entries = line.removeprefix(_BATCH).partition(_PROOFS)
-    members = parse_object(shared, limit=ANSWER_LIMIT)
+    members = parse_object(shared, limit=SHARED_LIMIT)
     if not members or "proof" in members or not (shared.startswith("{") and shared.endswith("}")):
         raise MalformedMessage("the shared part of a batch must be an object with members, and without a proof")
     proofs: dict[int, bytes] = {}
@@ -135,7 +139,8 @@ def _error_of(members: Mapping[str, object]) -> HarnessError:
     match members:
         case {"status": int(status), "error": str(name), "detail": str(detail)}:
             if (status, name) == (400, MalformedMessage.__name__):
-                return MalformedMessage(detail)  # it is the tenant's request that is wrong, not our order
+                # It is the tenant's request that is wrong, not our order.
+                return MalformedMessage(detail[:_DETAIL_LIMIT])
             wait_s = members.get("retry_after_s")
             retry_after = str(wait_s) if isinstance(wait_s, int | float) else None
             body = {"code": status, "status": detail, "results": {"error": name}}

@@ -25,6 +25,7 @@ from harness.provider.batch import Quote
 from harness.provider.batcher import Answer, SharedAnswer
 from harness.provider.stream_answers import (
     ANSWER_LIMIT,
+    SHARED_LIMIT,
     BatchLine,
     ErrorLine,
     ResultLine,
@@ -147,6 +148,28 @@ def test_a_batch_in_any_other_form_is_refused(line: str) -> None:
     parse_answer(HONEST)
     with pytest.raises(MalformedMessage):
         parse_answer(line)
+
+
+def test_a_shared_part_is_bounded_because_every_member_is_handed_a_copy() -> None:
+    """All PCRs of all banks fit, with structures longer than any TPM's; what is far longer ends the connection."""
+    pcrs = {bank: {pcr: bytes(bank.digest_size) for pcr in range(24)} for bank in HashAlg}
+    quote = Quote(host_id=QUOTE.host_id, attest=bytes(1024), signature=bytes(1024), pcrs=pcrs)
+    shared = SharedAnswer(batch_id=SHARED.batch_id, sealed_at=SHARED.sealed_at, quote=quote)
+    (line,) = answer_lines(
+        [(1, Answer(shared=shared, proof=PROOFS[0]))], lambda each: compact(encode_shared_answer(each))
+    )
+    assert isinstance(parse_answer(line), BatchLine)
+    with pytest.raises(MessageTooLarge):
+        parse_answer(replaced('"attest":"', '"attest":"' + "A" * SHARED_LIMIT))
+
+
+def test_a_refusal_is_no_longer_than_a_sentence() -> None:
+    """Whatever its kind: it goes to the tenant, and into the log."""
+    for error in (MalformedMessage("x" * 10_000), GuestNotHere("x" * 10_000)):
+        line = parse_answer(encode_error(3, error))
+        assert isinstance(line, ErrorLine)
+        assert type(line.error) is type(error)
+        assert len(line.error.detail) <= 500
 
 
 def test_a_result_survives_the_wire() -> None:
