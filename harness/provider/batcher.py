@@ -121,11 +121,6 @@ class Batcher:
         return len(self._pools)
 
     @property
-    def pools(self) -> int:
-        """Open pools."""
-        return len(self._pools)
-
-    @property
     def working_s(self) -> float:
         """Seconds since the batch in work was taken; 0 between batches."""
         return self._forecast.working_s(self._around.clock.monotonic())
@@ -281,10 +276,12 @@ class Batcher:
         """
         self._stopped = True
         self._work.set()
-        self._handout.flush()
-        for waiter in self._waiters():
-            self._give(waiter, ShuttingDown("the host agent is stopping"))
-        self._deadlines.stop()
+        try:
+            self._handout.flush()
+        finally:  # whatever is wrong with an answer or an observer
+            for waiter in self._waiters():
+                self._give(waiter, ShuttingDown("the host agent is stopping"))
+            self._deadlines.stop()
 
     async def _pause(self) -> None:
         if self._pause_s > 0 and not self._stopped:
@@ -352,6 +349,7 @@ class Batcher:
             if not self._quoter.usable:
                 raise
         else:
+            batch.paths()  # made already; what a builder fails with ends `run`, where everybody is released
             work.tpm_quotes = quote.tpm_quotes
             self._end(work, "quoted", work.answers(batch, quote, self._around.clock))
         finally:

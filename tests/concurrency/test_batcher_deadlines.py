@@ -128,7 +128,7 @@ async def test_a_request_that_is_refused_takes_no_place(bench: NewBench) -> None
         await known(made)
         for _ in range(3):
             assert late(made.enter(a_request("alice", [3], allowlist=allow([3]), wait_s=0.5)))
-        assert (made.batcher.waiting, made.batcher.pools) == (0, 0)
+        assert (made.batcher.waiting, made.batcher.open_pools) == (0, 0)
         entry = made.enter(a_request("alice"))
         await made.pass_time(L, step_s=L)
         assert answered(entry)

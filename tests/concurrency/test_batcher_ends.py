@@ -15,6 +15,8 @@ from harness.errors import (
     ShareExhausted,
     ShuttingDown,
 )
+from harness.merkle import MerkleTree
+from harness.provider.batch import TreeBuilder
 from harness.provider.batcher import Answer
 from tests.support.batching import WAIT_S, settle, within
 from tests.support.bench import Bounds, NewBench, errors_of
@@ -128,6 +130,25 @@ async def test_an_unusable_tpm_stops_the_batcher_and_releases_everybody(bench: N
         assert isinstance(made.owner.exception(), DeviceUnavailable)
         with pytest.raises(ShuttingDown):
             await made.batcher.submit(a_request())
+
+
+async def test_a_builder_that_makes_no_proofs_ends_the_batcher_and_releases_everybody(bench: NewBench) -> None:
+    """A fault of ours, in a library perhaps: those of the batch are told, and so are those behind them."""
+
+    class NoProofs(MerkleTree):
+        def paths(self) -> list[tuple[bytes, ...]]:
+            raise RuntimeError("no proofs")
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the first try, while the TPM works
+    async with bench(builder=TreeBuilder(name="broken", build=NoProofs, limit=64)) as made:
+        made.faults = RuntimeError
+        first = await made.in_flight()
+        later = made.submit(a_request())
+        await settle()
+        made.quoter.let_go()
+        await asyncio.wait([first, later, made.owner], timeout=WAIT_S)
+        assert errors_of([first, later]) == [ShuttingDown, ShuttingDown]
+        assert isinstance(made.owner.exception(), RuntimeError)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Bench:
     owner: asyncio.Task[None]
     checker: AnswerChecker
     residency_s: float = RESIDENCY_S
+    faults: type[BaseException] = HarnessError  # what may have ended the owner
     reports: list[BatchReport] = field(default_factory=list)
     submitted: list[tuple[asyncio.Task[Answer], PendingQuote]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -87,7 +88,7 @@ class Bench:
             entry.waiter = self.batcher.enter(pending, deliver)
         except HarnessError as error:
             deliver(error)
-        entry.pools = self.batcher.pools
+        entry.pools = self.batcher.open_pools
         self.entries.append(entry)
         return entry
 
@@ -137,7 +138,10 @@ class Bench:
         3. Nor would an answer of a batch have done so to a member that left: every union is inside every allowlist.
         4. Trees are filled to a power of two of at least 16, within the builder's limit.
         5. Each batch was reported once; no more waits are reported than there are members.
+        6. The owner was not ended by a fault, such as what a fake asserts of its caller.
         """
+        fault = None if self.owner.cancelled() else self.owner.exception()
+        assert fault is None or isinstance(fault, self.faults), repr(fault)
         assert self.batcher.waiting == 0, "somebody is left waiting"
         outcomes: list[tuple[Answer | HarnessError, PendingQuote]] = []
         for entry in self.entries:
