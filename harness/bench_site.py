@@ -164,7 +164,7 @@ class BenchSite:
         certificate, key = self._certificates[0]
         tls = config.TlsSettings(certificate=certificate, key=key, authorities={"provider": self.authority})
         until, why = time.monotonic() + _READY_S, "nothing was asked"
-        async with PeerClient(tls, self._files.url(_VERIFIER)) as client:
+        async with PeerClient(tls, self._files.url(_VERIFIER), roles={Role.PROVIDER_VERIFIER}) as client:
             while time.monotonic() < until:
                 make = QuoteRequests(order, quotes)
                 _, number = make.request()
@@ -215,7 +215,7 @@ class BenchSite:
     async def _identity(self, onboarding: Onboarding) -> dict[str, Any]:
         certificate, key = self._certificates[0]
         tls = config.TlsSettings(certificate=certificate, key=key, authorities={"provider": self.authority})
-        async with PeerClient(tls, self._files.url(_VERIFIER)) as client:
+        async with PeerClient(tls, self._files.url(_VERIFIER), roles={Role.PROVIDER_VERIFIER}) as client:
             path = f"/v1/hosts/{self._host_id}/identity"
             found = await onboarding.patiently(lambda: client.get(path), refused_s=_READY_S)
         if not isinstance(found, dict):

@@ -154,7 +154,8 @@ class VerifierSite:
         config.dump(settings, path)
         self._verifier = await started("harness", "serve", "tenant-verifier", "--config", path)
         self._stack.push_async_callback(ended, self._verifier)
-        client = PeerClient(self._tls(TENANT, Role.TENANT_OPERATOR, "operator"), await self._url())
+        tls = self._tls(TENANT, Role.TENANT_OPERATOR, "operator")
+        client = PeerClient(tls, await self._url(), roles={Role.TENANT_VERIFIER})
         self._operator = await self._stack.enter_async_context(client)
 
     async def _url(self) -> str:
