@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -50,14 +51,21 @@ async def test_a_malformed_deadline_is_400(lab: ProviderLab, prefer: bytes, stat
 
 async def test_a_request_is_answered_while_that_is_of_use(lab: ProviderLab) -> None:
     """One that states a deadline is refused when that has come, and leaves the host agent's pool."""
-    lab.residency.gate.clear()
+    quote, asked, gate = lab.keys.quote_batch, asyncio.Event(), asyncio.Event()
+
+    async def held(batch: Any) -> Any:
+        asked.set()
+        await gate.wait()
+        return await quote(batch)
+
+    lab.keys.quote_batch = held  # type: ignore[method-assign]
     alice = Tenant(lab, "alice")
     kept = asyncio.create_task(alice.round(agent_id=agent(1)))
-    await until(lambda: bool(lab.residency.asked))  # the TPM's turn is held by this batch
+    await until(asked.is_set)  # the TPM's turn is held by this batch
     async with asking(lab, b"wait=1") as bare:
         status, _, _ = await bare.answer()
         assert status in {503, 504}
     await until(lambda: lab.quoting.waiting == 1)
-    lab.residency.gate.set()
+    gate.set()
     assert isinstance(await kept, Accepted)
     await alice.client.close()
