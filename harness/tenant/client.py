@@ -104,6 +104,7 @@ class GuestClient:
 
     def __init__(self, peer: PeerClient) -> None:
         self._peer = peer
+        self._usable_key = b""  # the PEM text of the transport key that was parsed last
 
     async def quote(self, nonce: str, selection: PcrSelection) -> GuestAnswer:
         """See `harness.tenant.ports.GuestPort`."""
@@ -113,7 +114,9 @@ class GuestClient:
             results = _object(await self._peer.get(f"/{AGENT_API}/quotes/integrity", params))
             evidence = parse_quote(_text(results.get("quote"), "quote"))
             transport_key_pem = _text(results.get("pubkey"), "pubkey").encode("ascii", "replace")
-            parse_transport_key(transport_key_pem)  # a guest can vouch for a key to which nothing can be wrapped
+            if transport_key_pem != self._usable_key:
+                parse_transport_key(transport_key_pem)  # a guest can vouch for a key to which nothing can be wrapped
+                self._usable_key = transport_key_pem
             return GuestAnswer(evidence=evidence, transport_key_pem=transport_key_pem)
 
     async def provide_v(self, wrapped: bytes) -> None:

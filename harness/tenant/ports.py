@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 NONCE_SIZE = 32
 _GUEST_NONCE_SIZE = 20
-_ALPHANUMERIC = string.ascii_letters + string.digits
+_ALPHANUMERIC = (string.ascii_letters + string.digits).encode("ascii")
+_LETTERS = bytes(_ALPHANUMERIC[value % len(_ALPHANUMERIC)] for value in range(256))
+_LEFT_OUT = bytes(range(256 - 256 % len(_ALPHANUMERIC), 256))
 
 
 class Clock(Protocol):
@@ -72,7 +74,11 @@ class SystemClock:
 
 
 def _alphanumeric() -> str:
-    return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_GUEST_NONCE_SIZE))
+    """Letters and digits, each as likely as any other: bytes beyond the last whole alphabet are left out."""
+    drawn = b""
+    while len(drawn) < _GUEST_NONCE_SIZE:
+        drawn += secrets.token_bytes(2 * _GUEST_NONCE_SIZE).translate(_LETTERS, _LEFT_OUT)
+    return drawn[:_GUEST_NONCE_SIZE].decode("ascii")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

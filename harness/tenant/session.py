@@ -204,7 +204,7 @@ class Session:
             events.emit(
                 "state", agent_id=str(self.plan.agent_id), old=self.state.name, new=row.state.name, cause=event.name
             )
-        progress = replace(self._progress, state=row.state)
+        progress = self._progress if row.state is self.state else replace(self._progress, state=row.state)
         if Effect.RECORD_FAILURE in row.effects and self._finding is not None:
             progress = history.stopped(progress, self._finding)  # nobody sees the state without its reason
         self._progress = progress
