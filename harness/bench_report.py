@@ -126,7 +126,7 @@ def _series(data: Mapping[str, Any]) -> Series:
 
 def _section(name: str, run: Run) -> str:
     benchmark = run.benchmarks[name]
-    parts = [f"## {_TITLES[name]}", "", f"Measured {run.at}.", ""]
+    parts = [f"## {_TITLES[name]}", "", f"Measured {run.at}.{_headline(benchmark['rows'])}", ""]
     parts += _table(
         ("what", "target", "figure", "least to greatest", "beside", "ratio", "verdict"),
         (_cells(row, benchmark["spreads"][row["name"]]) for row in benchmark["rows"]),
@@ -141,6 +141,17 @@ def _section(name: str, run: Run) -> str:
         )
     parts += ["", "### Machine", "", *_facts(run.machine)]
     return "\n".join(parts)
+
+
+def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By how much a batch is more than a quote for each request, where both were measured."""
+    factors = [row for row in rows if row["target"] == "single" and row["ratio"] is not None]
+    said = [f"{row['ratio']:,.0f} times ({row['name'].partition(':')[0]})" for row in factors]
+    return (
+        f" With batches the same TPM answers {' and '.join(said)} as many requests as with a quote for each."
+        if said
+        else ""
+    )
 
 
 def _cells(row: Mapping[str, Any], spread: Mapping[str, Any]) -> tuple[str, ...]:
