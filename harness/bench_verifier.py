@@ -21,7 +21,7 @@ from pathlib import Path
 from harness.bench import BenchOptions, Result, Sample, at_most, reported
 from harness.bench_tenant import Cost, VerifierSite
 
-_GUESTS, _QUICK_GUESTS = 200, 4
+_GUESTS, _QUICK_GUESTS = 400, 4
 _FEW = 16
 _INTERVAL_S, _QUICK_INTERVAL_S = 2.0, 0.3
 _BATCH_S = 0.187

@@ -68,8 +68,18 @@ def emit(event: str, *, level: str = "info", **fields: Any) -> None:
         level: debug (not written), info, warning or error.
         **fields: plain data; ``exc_info=True`` adds the traceback of the exception that is being handled.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError):  # a closed stream, a name used twice
-        _logger().log(_LEVELS.get(level, logging.INFO), event, **fields)
+    name = level if level in _LEVELS else "info"
+    if _LEVELS[name] < logging.INFO:
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError, structlog.DropEvent):  # a closed stream, say
+        if structlog.is_configured():
+            # What structlog's own logger does, which is made anew for each event and takes as long as all of this.
+            config, line = structlog.get_config(), {**fields, "event": event}
+            for process in config["processors"]:
+                line = process(None, name, line)
+            config["logger_factory"]().info(line)
+        else:
+            _to_standard_error().log(_LEVELS[name], event, **fields)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -103,9 +113,7 @@ class _Lines:
     debug = warning = error = info
 
 
-def _logger() -> Any:
-    if structlog.is_configured():
-        return structlog.get_logger()
+def _to_standard_error() -> Any:
     return structlog.wrap_logger(
         structlog.WriteLogger(sys.stderr),
         processors=_processors(None),

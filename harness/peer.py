@@ -180,6 +180,8 @@ class PeerClient:
                 allow_redirects=False,
             ) as response,
         ):
+            if response.content_length is not None and response.content_length <= self._limit:
+                return response, await response.read()
             content = bytearray()
             async for chunk in response.content.iter_chunked(64 * 1024):
                 content += chunk

@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
-from sqlalchemy import MetaData
+from sqlalchemy import Connection, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from harness import events, store_file
 from harness.store_engine import engine_of
 from harness.store_errors import late, store_error
 from harness.store_file import Lease
 from harness.store_schema import MIGRATIONS, bring_to
+from harness.store_thread import ThreadTransactions
 
 _DEADLINE_S = 20.0
 _MIGRATION_S = 600.0
@@ -50,6 +51,8 @@ class Store:
         self._lease = lease
         self._deadline_s = deadline_s
         self._sessions = async_sessionmaker(engine, expire_on_commit=False)
+        is_file = store_file.path_of(engine.url) is not None
+        self._thread = ThreadTransactions(engine.url, deadline_s=deadline_s) if is_file else None
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
@@ -67,13 +70,30 @@ class Store:
                 await session.connection()
             yield session
 
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[AsyncConnection]:
-        """As `begin`, for statements without objects: a third of the CPU time. *Cancellation:* as there."""
-        async with self._in_time(), AsyncExitStack() as stack:
-            with self._reaching():
-                connection = await stack.enter_async_context(self._engine.begin())
-            yield connection
+    async def run(self, work: Callable[[Connection], None]) -> None:
+        """Does statements without objects in a transaction of their own, at a fraction of the CPU time of `begin`.
+
+        Args:
+            work: executes them; called in another thread where the database is a file. It may be called for a caller
+                that has been cancelled.
+
+        Raises:
+            StoreError: as `begin`.
+            Exception: what the work raises.
+
+        *Cancellation:* a transaction that began may still be committed.
+        """
+        if self._thread is None:
+            async with self._in_time(), AsyncExitStack() as stack:
+                with self._reaching():
+                    connection = await stack.enter_async_context(self._engine.begin())
+                await connection.run_sync(work)
+            return
+        with self._reaching():
+            try:
+                await self._thread.run(work)
+            except SQLAlchemyError as error:
+                raise store_error(self._engine.url, error) from error
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -105,6 +125,8 @@ class Store:
         *Cancellation:* they are being closed all the same.
         """
         try:
+            if self._thread is not None:
+                await self._thread.close()
             await self._engine.dispose()
         finally:
             if self._lease is not None:

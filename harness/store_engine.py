@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -64,6 +64,19 @@ def engine_of(url: str, component: str) -> tuple[URL, AsyncEngine]:
         event.listen(engine.sync_engine, "begin", _Turn(component))
         event.listen(engine.sync_engine, "connect", _InUse(parsed, engine.dialect))
     return parsed, engine
+
+
+def thread_engine_of(url: URL) -> Engine:
+    """Engine for a SQLite file with one connection, for one thread; nothing is connected yet."""
+    engine = create_engine(
+        url.set(drivername="sqlite"),
+        hide_parameters=True,
+        poolclass=StaticPool,
+        connect_args={"check_same_thread": False},  # it is closed by whoever ends the thread
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
 
 
 def lock_number(component: str) -> int:

@@ -14,7 +14,7 @@ from harness.tenant.plan import Plan
 from harness.tenant.ports import PastVerdict, Progress, Seen
 from harness.tenant.retries import GUEST
 from harness.tenant.round import Finding
-from harness.values import PcrSelection, PcrValues
+from harness.values import PcrSelection, PcrValues, pcrs_in
 
 KEPT = 8
 
@@ -61,5 +61,4 @@ def _with(progress: Progress, verdict: PastVerdict, plan: Plan, values: PcrValue
 
 
 def _only(values: PcrValues, asked: PcrSelection) -> PcrValues:
-    banks = {bank for bank, _ in asked}
-    return {bank: {pcr: values[bank][pcr] for each, pcr in asked if each is bank} for bank in banks}
+    return {bank: {pcr: values[bank][pcr] for pcr in pcrs_in(mask)} for bank, mask in asked.banks}

@@ -7,7 +7,8 @@ Invariants:
     1. `save` and `settle` return only after what they were asked to write was committed.
     2. Every transaction writes all clocks that were believed before it began: a success is never stored without the
        clocks that it rests on.
-    3. A session that is cancelled takes back what nobody has begun to write; it loses nothing of the others'.
+    3. A session that is cancelled takes back what nobody has begun to write; a transaction that it makes for others is
+       finished first.
     4. A write that the database does not take spoils no other's for long: after a transaction that failed, they are
        made one at a time until one succeeds.
 
@@ -23,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, insert, text, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, bindparam, insert, text, update
 
 from harness.errors import StoreError
 from harness.store import Store
+from harness.tenant.bookkeeping import finished
 from harness.tenant.clocks import Clocks, Known
 from harness.tenant.ports import Progress
 from harness.tenant.progress_text import encode_progress, encode_seen
@@ -126,41 +127,44 @@ class RoundWriter:
             async with self._writing:
                 most = 1 if self._one_at_a_time else len(self._waiting)
                 taken, self._waiting = self._waiting[:most], self._waiting[most:]
-                await self._commit(taken)
+                await finished(self._commit(taken))
         except StoreError as error:  # everybody's who waited, and each raises it
             self._one_at_a_time = True
             _over(taken, error)
-        except BaseException as error:  # a fault, or our own cancellation: the others ask again
+        except Exception as error:
             self._one_at_a_time = True
-            if isinstance(error, Exception) and len(taken) == 1:
+            if len(taken) == 1:
                 _over(taken, error)
-                return
-            self._waiting = taken + self._waiting
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self._one_at_a_time = False
-            _over(taken, None)
+            else:
+                self._waiting = taken + self._waiting
+        except BaseException:  # our own cancellation: what was not written is for the others to write
+            self._waiting = [write for write in taken if not write.over] + self._waiting
+            raise
         finally:
             self._turn = None
             turn.set()
 
     async def _commit(self, writes: Sequence[_Write]) -> None:
         clocks = self._clocks.unstored()
-        async with self._store.connect() as connection:
-            for statement, released in ((_PUT_PROGRESS, False), (_PUT_RELEASED, True)):
-                rows = [write.row for write in writes if write.row is not None and write.releases_v is released]
-                if rows:
-                    await connection.execute(statement, rows)
-            alarms = [write.alarm for write in writes if write.alarm is not None]
-            if alarms:
-                await connection.execute(_ADD_ALARM, alarms)
-            await put_clocks(connection, clocks)
+        await self._store.run(lambda connection: _execute(connection, writes, clocks))
         self._clocks.stored(clocks)
+        self._one_at_a_time = False
+        _over(writes, None)
 
 
-async def put_clocks(connection: AsyncConnection, clocks: Mapping[bytes, Known]) -> None:
-    """Writes baselines, new ones and others. Raises what the database does. *Cancellation:* of the transaction."""
+def _execute(connection: Connection, writes: Sequence[_Write], clocks: Mapping[bytes, Known]) -> None:
+    for statement, released in ((_PUT_PROGRESS, False), (_PUT_RELEASED, True)):
+        rows = [write.row for write in writes if write.row is not None and write.releases_v is released]
+        if rows:
+            connection.execute(statement, rows)
+    alarms = [write.alarm for write in writes if write.alarm is not None]
+    if alarms:
+        connection.execute(_ADD_ALARM, alarms)
+    put_clocks(connection, clocks)
+
+
+def put_clocks(connection: Connection, clocks: Mapping[bytes, Known]) -> None:
+    """Writes baselines, new ones and others. Raises what the database does."""
     rows = [
         {
             "ak_name": ak_name,
@@ -173,7 +177,7 @@ async def put_clocks(connection: AsyncConnection, clocks: Mapping[bytes, Known])
         for ak_name, (baseline, enrolled_at) in clocks.items()
     ]
     if rows:
-        await connection.execute(_PUT_CLOCK, rows)
+        connection.execute(_PUT_CLOCK, rows)
 
 
 def _over(writes: Sequence[_Write], error: Exception | None) -> None:

@@ -142,7 +142,7 @@ class VerifierStore:
                 await _put_progress(session, agent_id, progress)
                 audit_store.record(session, AuditRow, entry)
                 if not done:
-                    await put_clocks(await session.connection(), {reboot.ak_name: (reboot.new, enrolled_at)})
+                    await (await session.connection()).run_sync(put_clocks, {reboot.ak_name: (reboot.new, enrolled_at)})
             if not done:
                 self._clocks.replace(reboot.ak_name, (reboot.new, enrolled_at))
 
@@ -191,7 +191,7 @@ class VerifierStore:
             replaces = same_counters(known, reboot.old)
             async with self._store.begin() as session:
                 if replaces:
-                    await put_clocks(await session.connection(), {reboot.ak_name: (reboot.new, enrolled_at)})
+                    await (await session.connection()).run_sync(put_clocks, {reboot.ak_name: (reboot.new, enrolled_at)})
                 self._add_alarm(session, alarm)
             if replaces:
                 self._clocks.replace(reboot.ak_name, (reboot.new, enrolled_at))
@@ -203,8 +203,8 @@ class VerifierStore:
         async with self._writing:
             known = self._clocks.known(ak_name)
             if known is None or known[1] < enrolled_at:
-                async with self._store.connect() as connection:
-                    await put_clocks(connection, {ak_name: (baseline, enrolled_at)})
+                clocks = {ak_name: (baseline, enrolled_at)}
+                await self._store.run(lambda connection: put_clocks(connection, clocks))
                 self._clocks.replace(ak_name, (baseline, enrolled_at))
 
     def _tell_of(self, stored: Alarm | None) -> None:

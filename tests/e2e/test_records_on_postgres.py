@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.concurrency import test_round_writes
 from tests.support.postgres import PostgresServer
 from tests.unit import test_alarms_store, test_guest_enrolment, test_tenant_records
 
 pytestmark = pytest.mark.needs_postgres
-SAME = (test_alarms_store, test_guest_enrolment, test_tenant_records)
+SAME = (test_alarms_store, test_guest_enrolment, test_round_writes, test_tenant_records)
 
 
 @pytest.fixture

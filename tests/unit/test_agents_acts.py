@@ -298,7 +298,7 @@ async def test_an_act_loses_no_alarm_that_waits_for_the_database(
         with monkeypatch.context() as patch:
             tried = asyncio.Event()
 
-            async def locked(*_: object) -> None:
+            def locked(*_: object) -> None:
                 tried.set()
                 raise StoreError("locked")
 
