@@ -12,6 +12,7 @@ import platform
 import re
 import ssl
 import subprocess
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from harness import __version__
 _VERSION = re.compile(r"\d+(?:\.\d+)+")
 _ANSWER_S = 20
 _MISSING = "missing"
+_LOOK_S = 1.0
 
 
 def machine_facts() -> dict[str, object]:
@@ -36,7 +38,23 @@ def machine_facts() -> dict[str, object]:
         **{name: _installed(name) for name in ("aiohttp", "cryptography", "tpm2-pytss")},
         "swtpm": _program("swtpm", "--version"),
         "load_before": [round(load, 2) for load in os.getloadavg()],
+        "busy_before_percent": round(100 * busy_share(_LOOK_S), 1),
     }
+
+
+def busy_share(seconds: float) -> float:
+    """Share of all cores' time that somebody uses, watched for this long: what else the machine has to do."""
+    before = _jiffies()
+    time.sleep(seconds)
+    idle, whole = (after - begun for after, begun in zip(_jiffies(), before, strict=True))
+    return 1.0 - idle / whole if whole else 0.0
+
+
+def _jiffies() -> tuple[int, int]:
+    """Idle time and all time of the machine's cores so far, in the kernel's ticks (proc(5), /proc/stat)."""
+    with Path("/proc/stat").open(encoding="ascii") as file:
+        ticks = [int(number) for number in file.readline().split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _cpu_model() -> str:

@@ -32,7 +32,7 @@ _TITLES = {
 }
 _FACTS = (
     *("at", "cpu", "cores", "memory_gib", "kernel", "python", "openssl", "harness", "aiohttp", "cryptography"),
-    *("tpm2-pytss", "swtpm", "load_before", "seconds"),
+    *("tpm2-pytss", "swtpm", "load_before", "busy_before_percent", "seconds"),
 )
 _HEAD = """# Performance
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.bench_context import answered, ended, quantile, sample_of, windows
+from harness.bench_machine import busy_share
 from harness.bench_memory import slow_chip
 from harness.bench_orders import Outcome
 from harness.bench_process import CpuWatch, cpu_s, memory_bytes, peak_bytes
@@ -70,6 +71,11 @@ def test_a_process_that_is_gone_is_an_error(ask: object) -> None:
     assert callable(ask)
     with pytest.raises(SimulationError, match="is gone"):
         ask(NOBODY)
+
+
+def test_what_the_machine_does_besides_is_a_share() -> None:
+    """Of all cores: never below nothing or above everything."""
+    assert 0.0 <= busy_share(0.05) <= 1.0
 
 
 def test_cpu_between_two_moments_is_interpolated() -> None:
