@@ -21,8 +21,8 @@ from pathlib import Path
 from harness.bench import BenchOptions, Result, Sample, at_most, reported
 from harness.bench_tenant import Cost, VerifierSite
 
-_GUESTS, _QUICK_GUESTS = 400, 4
-_FEW = 16
+_GUESTS, _QUICK_GUESTS = (400, 200, 16), (4, 2)
+"""The target is judged at the first; the others are reported, because a round costs more where there are fewer."""
 _INTERVAL_S, _QUICK_INTERVAL_S = 2.0, 0.3
 _BATCH_S = 0.187
 _WINDOW_S, _QUICK_WINDOW_S = 5.0, 1.0
@@ -32,7 +32,7 @@ _LIMIT_MS = 2.0
 
 
 def run(options: BenchOptions) -> Result:
-    """Measures a verifier of many guests, and one of a few.
+    """Measures a verifier of many guests, and others of fewer.
 
     Raises:
         HarnessError: the verifier or its peers did not come up, or a guest was refused.
@@ -45,19 +45,24 @@ def run(options: BenchOptions) -> Result:
 
 
 async def _run(options: BenchOptions, folder: Path) -> Result:
-    many, few = (_QUICK_GUESTS, _QUICK_GUESTS // 2) if options.quick else (_GUESTS, _FEW)
+    many, *fewer = _QUICK_GUESTS if options.quick else _GUESTS
     interval_s = _QUICK_INTERVAL_S if options.quick else _INTERVAL_S
     result = Result(benchmark="verifier", method=_method(many, interval_s))
     costs = await _windows(options, folder / "many", many, interval_s)
     result.add(
-        at_most("tenant verifier CPU per round, both layers", _per_round(costs), unit="ms", limit=_LIMIT_MS),
+        at_most(_title(many), _per_round(costs), unit="ms", limit=_LIMIT_MS),
         reported(
             "rounds per second in that run", Sample.of([cost.rounds / cost.elapsed_s for cost in costs]), unit="/s"
         ),
     )
-    alone = await _windows(options, folder / "few", few, interval_s)
-    result.add(reported(f"the same, {few} guests", _per_round(alone), unit="ms"))
+    for guests in fewer:
+        costs = await _windows(options, folder / str(guests), guests, interval_s)
+        result.add(reported(_title(guests), _per_round(costs), unit="ms"))
     return result
+
+
+def _title(guests: int) -> str:
+    return f"tenant verifier CPU per round, both layers, {guests} guests"
 
 
 async def _windows(options: BenchOptions, folder: Path, guests: int, interval_s: float) -> list[Cost]:
@@ -79,6 +84,8 @@ def _method(guests: int, interval_s: float) -> list[str]:
         "host's AK is RSA-2048; PCR 0 to 7 of both, all in the policy",
         f"all host quotes that wait are answered together each {_BATCH_S * _MS:g} ms, as by a host agent with a slow "
         "TPM",
+        "the figure depends on the number of guests: more of them share a transaction, and the processor's caches are "
+        "warm; the target is judged at the largest number, and smaller ones are reported beside it",
         "CPU time is that of the kernel's accounts (/proc/PID/stat), all threads, divided by the rounds that the"
         " verifier's own metrics count in the same window",
     ]

@@ -32,6 +32,7 @@ def test_a_quick_run_gives_every_row() -> None:
     assert target.value > 0
     assert rate.value > 0
     assert (rate.ok, few.ok) == (None, None)
+    assert (target.name.split(", ")[-1], few.name.split(", ")[-1]) == ("4 guests", "2 guests")
 
 
 async def test_the_rounds_are_rounds_of_both_layers(folder: Path) -> None:
