@@ -46,6 +46,8 @@ ANSWERS = [
     _as_itself(errors.Conflict("in another state")),
     _as_itself(errors.PoolFull("full", retry_after_s=FOR_EVER_S)),
     _as_itself(errors.ShareExhausted("too many waiting", retry_after_s=FOR_EVER_S)),
+    _as_itself(errors.WouldBeLate("not in that time", retry_after_s=FOR_EVER_S)),
+    _as_itself(errors.TooManyConnections("one too many", retry_after_s=FOR_EVER_S)),
     _as_itself(errors.ShuttingDown("stopping", retry_after_s=FOR_EVER_S)),
     _as_itself(errors.NotReady("not yet", retry_after_s=FOR_EVER_S)),
     _as_itself(errors.BatchFailed("the TPM failed", batch_id="")),

@@ -105,8 +105,11 @@ def test_a_deep_folder_is_reached_by_a_short_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("spare", "linked"), [(0, False), (-1, True)])
-def test_a_lab_is_opened_under_a_name_that_is_short_enough(spare: int, linked: bool) -> None:
+def test_a_lab_is_opened_under_a_name_that_is_short_enough(
+    spare: int, linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder in which the longest socket just fits is used as it is; one byte more, and it is not."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")  # short enough for the longest name of a host
     made = plan(tenants=1, guests=1)
     hosts = (replace(made.hosts[0], name="h" * 32), replace(made.hosts[0], name="h"))
     longest = len(f"/h/{hosts[0].name}/guests/{uuid.UUID(int=0)}/s.ctrl")

@@ -117,12 +117,16 @@ async def test_what_v_meets_is_no_round() -> None:
     assert made.found.sum(ROUNDS) == made.found.value(ROUNDS, outcome="accepted", **NOBODY) == 1
 
 
-async def test_a_database_of_our_own_that_fails_is_no_fault_of_a_peer() -> None:
-    """What cannot be stored is counted as that, whatever a peer did before."""
+async def test_a_database_of_our_own_that_fails_is_no_fault_of_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read or stored is counted as that, whatever a peer did before."""
     wire = Wire()
+
+    async def broken(*_: object) -> None:
+        raise StoreError("disk full")
+
     wire.guest.script = [PeerUnreachable("x")]
     async with counted(wire) as made:
-        wire.records.fault = StoreError("disk full")
+        monkeypatch.setattr(wire.records, "baseline", broken)
         await wire.time.advance(10)
         assert made.session.store_fault is not None
     assert (made.found.value("harness_unanswered_total", layer="store", reason="StoreError") or 0) >= 1

@@ -28,10 +28,11 @@ def _is_wall_clock(node: ast.expr) -> bool:
 
 
 def test_nobody_reckons_with_the_machines_clock() -> None:
-    """It is stored and shown; deadlines, pauses and ages are monotonic."""
+    """It is stored and shown; deadlines, pauses and ages are monotonic. A benchmark reads logs; nothing waits on it."""
     found = [
         f"{path.relative_to(PACKAGE)}:{line}"
         for path in PACKAGE.rglob("*.py")
+        if not path.name.startswith("bench")
         for line in reckons(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert found == []
