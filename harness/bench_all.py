@@ -3,14 +3,17 @@
 Invariants:
     1. A benchmark, or a part of one, that cannot be run keeps no other from being run; it is said, and makes the exit
        code 2.
+    2. Ctrl-C and SIGTERM leave no process behind; what was measured until then is in the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -59,10 +62,13 @@ def run(
     """
     facts = machine_facts()
     begun = time.monotonic()
-    results, failed = [], False
+    results: list[Result] = []
+    failed = False
+    kept = as_data(results, facts, options, label=label)
     for name in names:
         try:
-            results.append(find(name)(options))
+            with _ended_in_order():
+                results.append(find(name)(options))
             for part in results[-1].failed:
                 console.say(f"bench {name}: {part}")
                 failed = True
@@ -71,10 +77,10 @@ def run(
                 raise
             console.say(f"bench {name} could not be run: {error.detail}")
             failed = True
-    facts["seconds"] = round(time.monotonic() - begun, 1)
-    kept = as_data(results, facts, options, label=label)
-    if output is not None:
-        keep(kept, output)
+        facts["seconds"] = round(time.monotonic() - begun, 1)
+        kept = as_data(results, facts, options, label=label)
+        if output is not None:
+            keep(kept, output)  # a run that is ended has what it has measured
     if as_json:
         console.print_json(kept)
     else:
@@ -82,6 +88,18 @@ def run(
     if failed:
         return _UNUSABLE
     return _MET if all(result.ok for result in results) else _MISSED
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends a benchmark as Ctrl-C does: its services and load generators are stopped, its folder is removed."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def as_data(

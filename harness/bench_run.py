@@ -170,6 +170,7 @@ async def started(module: str, *arguments: str | Path) -> asyncio.subprocess.Pro
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE,
+        start_new_session=True,  # a Ctrl-C at the terminal is the benchmark's: it ends them in order
     )
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+
+from tests.support.processes import left_by
 
 pytestmark = pytest.mark.needs_swtpm
 _DEADLINE_S = 900
@@ -48,3 +54,32 @@ def test_a_quick_run_measures_every_row() -> None:
     [batching] = shown["benchmarks"]
     assert any("all accepted" in sentence for sentence in batching["method"])
     assert batching["series"].keys() == {"response-times", "growth"}
+
+
+@pytest.mark.timeout(_DEADLINE_S)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_leaves_nothing_behind(number: signal.Signals) -> None:
+    """Told to stop under load it ends its services and its load generator, and removes its folder."""
+    folder = Path(tempfile.mkdtemp(prefix="hx"))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness", "bench", "batching", "--quick"],
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("L alone"):
+                    process.send_signal(number)
+                    break
+            assert process.wait(_DEADLINE_S) == 130
+        assert left_by(folder) == {}
+        assert list(folder.glob("hb*")) == []
+    finally:
+        for left in folder.iterdir():
+            left.unlink()
+        folder.rmdir()
