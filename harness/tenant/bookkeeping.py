@@ -22,7 +22,8 @@ from typing import Any
 from harness import events
 from harness.errors import StoreError
 from harness.tenant.plan import Timing
-from harness.tenant.ports import Chance, Clock
+from harness.tenant.ports import Ports
+from harness.tenant.states import Event
 from harness.values import AgentId
 
 _MOST_DOUBLINGS = 30
@@ -33,15 +34,13 @@ class Books:
 
     Args:
         agent_id: whose.
-        clock: for the waits.
-        chance: for their jitter.
+        ports: clock and jitter of the waits, and who is told of each try that failed.
         timing: first and longest wait.
     """
 
-    def __init__(self, agent_id: AgentId, clock: Clock, chance: Chance, timing: Timing) -> None:
+    def __init__(self, agent_id: AgentId, ports: Ports, timing: Timing) -> None:
         self._agent_id = agent_id
-        self._clock = clock
-        self._chance = chance
+        self._ports = ports
         self._timing = timing
         self._fault: StoreError | None = None
 
@@ -78,13 +77,14 @@ class Books:
             try:
                 await finished(make())
             except StoreError as error:
-                self.failed(error)
+                self._refused(error)
             else:
                 self.works()
                 return
             own: float = self._timing.backoff_first_s * 2 ** min(tries, _MOST_DOUBLINGS)
             tries += 1
-            await self._clock.sleep(min(self._timing.backoff_longest_s, own) * (1 + self._chance.jitter()) / 2)
+            jitter = self._ports.chance.jitter()
+            await self._ports.clock.sleep(min(self._timing.backoff_longest_s, own) * (1 + jitter) / 2)
 
     async def write_once(self, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Writes if the database takes it now; if not, that is noted, and what follows writes it.
@@ -97,7 +97,11 @@ class Books:
         try:
             await finished(make())
         except StoreError as error:
-            self.failed(error)
+            self._refused(error)
+
+    def _refused(self, error: StoreError) -> None:
+        self.failed(error)
+        self._ports.told(Event.TRANSPORT_FAILED, (), None, error, None)
 
 
 async def finished(write: Coroutine[Any, Any, None]) -> None:

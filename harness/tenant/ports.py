@@ -259,7 +259,7 @@ class Told(Protocol):
             event: what happened.
             effects: what follows.
             finding: why there was no success since the last one, if so.
-            fault: why our own database cannot be used, if so.
+            fault: for a write of the session's own that our database did not take: why; then there is no finding.
             done: the round whose guest evidence was accepted, if it was.
         """
 

@@ -22,6 +22,8 @@ from harness.tenant.states import Event
 
 GUEST, HOST, PAYLOAD = "guest", "host", "payload"
 """Whose question failed: the layers of a session."""
+STORE = "store"
+"""What failed was our own database."""
 _ROUND = "round"
 _REQUEST_TIMEOUT = 408
 _CERTIFICATE_EXPIRED = 401

@@ -45,7 +45,7 @@ from harness.tenant.bookkeeping import Books
 from harness.tenant.payload import parse_transport_key, wrap_share
 from harness.tenant.plan import Plan
 from harness.tenant.ports import Alarm, Ports, Progress
-from harness.tenant.retries import GUEST, HOST, PAYLOAD, Retries
+from harness.tenant.retries import GUEST, HOST, PAYLOAD, STORE, Retries
 from harness.tenant.round import Finding, Round, Rounds, Unanswered
 from harness.tenant.states import ACTIVE, STOPPED, Effect, Event, State, transition
 
@@ -69,7 +69,7 @@ class Session:
         self._ports = ports
         self._progress = progress
         self._start_within_s = start_within_s
-        self._books = Books(plan.agent_id, ports.clock, ports.chance, plan.timing)
+        self._books = Books(plan.agent_id, ports, plan.timing)
         self._success_at = self._restored_success()  # monotonic
         self._due: float | None = None  # monotonic, while the session waits
         self.alarm: Alarm | None = after.alarm if after else None  # raised, to be stored with what comes next
@@ -199,7 +199,7 @@ class Session:
 
     def _fire(self, event: Event) -> tuple[Effect, ...]:
         row = transition(self.state, event)
-        self._ports.told(event, row.effects, self._finding, self._books.fault, self._round)
+        self._ports.told(event, row.effects, self._finding, None, self._round)
         if row.state is not self.state:
             events.emit(
                 "state", agent_id=str(self.plan.agent_id), old=self.state.name, new=row.state.name, cause=event.name
@@ -364,8 +364,9 @@ class Session:
         self._progress = history.accepted(self._progress, self.plan, layer, evidence.values, self._ports.clock.now())
 
     def _not_stored(self, error: StoreError) -> Event:
-        """Event for an accepted clock that cannot be stored: the question is asked again, as if nothing had come."""
+        """Event for a guest's new contact that cannot be stored: the question is asked again."""
         self._books.failed(error)
+        self._finding = Finding(STORE, type(error).__name__, error.detail)
         return self._retries.not_stored()
 
     def _unanswered(self, layer: str, error: HarnessError) -> Event:

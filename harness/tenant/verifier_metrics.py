@@ -21,12 +21,11 @@ from typing import Protocol
 
 from harness.errors import StoreError
 from harness.metrics import NONE, SECONDS, Metrics
-from harness.tenant.retries import GUEST, HOST
+from harness.tenant.retries import GUEST, HOST, STORE
 from harness.tenant.round import Finding, Round
 from harness.tenant.states import Effect, Event, State
 
 ACCEPTED, REJECTED, UNANSWERED, RESTARTED, FAULT = "accepted", "rejected", "unanswered", "restarted", "fault"
-_STORE = "store"
 _ACCEPTED = frozenset({Event.ROUND_ACCEPTED, Event.V_DUE})
 _REJECTED = frozenset({Event.APPRAISAL_FAILED, Event.CLOCK_NOT_SAFE, Event.CLOCK_UNSAFE_TOO_LONG, Event.REBOOT_ALLOWED})
 _RESTARTED = frozenset({Event.ROUND_EXPIRED, Event.BASELINE_CHANGED})
@@ -100,7 +99,7 @@ class RoundFigures:
         elif event is Event.INTERNAL_FAULT:
             self._rounds.add(FAULT, NONE, NONE)
         elif event in _FAILED and fault is not None:
-            layer, reason = _STORE, type(fault).__name__
+            layer, reason = STORE, type(fault).__name__
             self._unanswered.add(layer, reason)
         elif event in _RESTARTED or (event in _FAILED and reason in Event.__members__):
             self._rounds.add(RESTARTED, layer, NONE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from harness.errors import PeerUnreachable, StoreError
 from harness.tenant.plan import Timing
 from harness.tenant.ports import Progress
 from harness.tenant.session import Session
-from harness.tenant.states import ACTIVE, State
+from harness.tenant.states import ACTIVE, Event, State
 from tests.support.manual_time import settle
 from tests.support.tenant_wire import Wire
 
@@ -196,3 +197,40 @@ class _locking:  # noqa: N801 - reads as a verb
     async def __call__(self) -> None:
         self.called = True
         self.wire.records.save_fault = LOCKED
+
+
+async def test_every_try_that_the_database_refused_is_told_and_no_peer_is_blamed() -> None:
+    """A success that cannot be stored: each try is told as a fault of ours, without a finding about a peer."""
+    wire = Wire(v=None, jitter=0.5)
+    told: list[tuple[str, bool]] = []
+
+    def tell(event: Event, effects: object, finding: object, fault: StoreError | None, done: object) -> None:
+        if fault is not None:
+            told.append((event.name, finding is None))
+
+    wire.ports = replace(wire.ports, told=tell)
+    wire.records.save_fault = LOCKED
+    async with running(wire):
+        await wire.time.advance(5.0)
+        assert len(told) >= 3
+        assert set(told) == {("TRANSPORT_FAILED", True)}
+        wire.records.save_fault = None
+        await wire.time.advance(10.0)
+        tries = len(told)
+        await wire.time.advance(10.0)
+        assert len(told) == tries
+
+
+async def test_a_guests_clock_is_stored_before_a_wait_for_a_host_that_gave_no_answer() -> None:
+    """Its evidence was accepted, and no success follows: the clock does not wait for one."""
+    wire = Wire(v=None)
+    wire.provider.script = [PeerUnreachable("away")]
+    settled: list[int] = []
+
+    async def settle_clocks() -> None:
+        settled.append(len(wire.guest.asked))
+
+    wire.records.settle = settle_clocks  # type: ignore[method-assign]
+    async with running(wire) as session:
+        assert session.state is State.GET_PROVIDER_QUOTE_RETRY
+        assert settled == [1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 from cryptography import x509
 
 from harness.config import Listen
@@ -24,7 +25,7 @@ from harness.errors import (
 from harness.peer import PeerClient
 from harness.pki import Role, load_certificate
 from harness.tls import client_context, identities_of, server_context
-from harness.web import application, serve
+from harness.web import Route, application, serve
 from tests.support.web_lab import WAIT_S, Pki, service
 
 
@@ -74,6 +75,23 @@ def test_a_client_speaks_tls_only(pki: Pki, url: str) -> None:
 
 
 # --- what a client bounds ------------------------------------------------------------------------------------
+
+
+async def test_a_header_goes_with_its_call(pki: Pki) -> None:
+    """Over the wire, beside those of every call; the next call has it no more."""
+    tls = pki.tls("provider", Role.PROVIDER_VERIFIER, "headers", trusts=("alice",))
+
+    async def show(request: web.Request) -> object:
+        return {name: request.headers.get(name) for name in ("Prefer", "Accept")}
+
+    app = application("test", [Route("GET", "/v1/headers", show, roles=set(Role))], identities_of(tls))
+    async with (
+        serve(app, tls, Listen()) as server,
+        PeerClient(pki.tls("alice", trusts=("provider",)), server.url) as client,
+    ):
+        given = await client.get("/v1/headers", headers={"Prefer": "wait=7"})
+        assert given == {"Prefer": "wait=7", "Accept": "application/json"}
+        assert await client.get("/v1/headers") == {"Prefer": None, "Accept": "application/json"}
 
 
 async def test_a_large_answer_is_refused(pki: Pki) -> None:
