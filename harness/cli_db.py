@@ -146,7 +146,8 @@ def _database(config: Path | None, url: str | None) -> _Meant:
     kinds: tuple[tuple[Any, str, str, str | None], ...] = (
         (settings.TenantVerifierSettings, "tenant", "tenant-verifier", "tenant"),
         (settings.TenantRegistrarSettings, "tenant", "tenant-registrar", "tenant"),
-        (settings.ProviderRegistrarSettings, "provider", "provider", None),  # the provider verifier's has the same keys
+        (settings.ProviderRegistrarSettings, "provider", "provider", None),
+        (settings.ProviderVerifierSettings, "provider", "provider", None),  # the same database
         (settings.HostAgentSettings, "host-agent", "host-agent", "name"),
     )
     for model, component, kind, key in kinds:
