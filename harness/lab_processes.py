@@ -37,6 +37,8 @@ from harness.errors import HarnessError, SimulationError
 
 PRELOADED = "harness.preload"
 _SAFE_PATH = "PYTHONSAFEPATH"
+_CHANGED = threading.Lock()
+"""Of our environment: services are started by several threads, and each puts back what it found."""
 _STOP_S = 5.0
 _REPORT_S, _POLL_S = 0.5, 0.01
 
@@ -51,15 +53,16 @@ def warm_up() -> None:
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
     """What is started here does not import what lies in the folder where a person stands; we, and others, go on."""
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_SAFE_PATH, None)
-        else:
-            os.environ[_SAFE_PATH] = before
+    with _CHANGED:
+        before = os.environ.get(_SAFE_PATH)
+        os.environ[_SAFE_PATH] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_SAFE_PATH]
+            else:
+                os.environ[_SAFE_PATH] = before
 
 
 def end_parent() -> None:

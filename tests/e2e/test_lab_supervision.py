@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import config
+from harness import config, lab_processes
 from harness.errors import ConfigError, NotFound, SimulationError
 from harness.lab_processes import ServiceProcess
 from harness.lab_record import LabRecord
@@ -285,6 +285,8 @@ async def test_only_what_is_forked_has_a_safe_path(
 
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    await asyncio.gather(*(asyncio.to_thread(lab_processes.warm_up) for _ in range(20)))
+    assert "PYTHONSAFEPATH" not in os.environ
     await supervision.apply([registrar(folder)])
     await until(lambda: pid_of(supervision) is not None, "started")
     parent = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]

@@ -105,7 +105,10 @@ asyncio.run(main())
 def child(code: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with this project's code."""
     command = [*prefix, sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False, env=environment
+    )
 
 
 LIMITED = """
