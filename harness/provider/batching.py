@@ -67,8 +67,9 @@ class BatchReport:
     waits_s: tuple[float, ...] = field(default=(), repr=False)
 
     def event(self) -> dict[str, Any]:
-        """Its members in the event stream."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "waits_s"}
+        """Its members in the event stream, durations to the microsecond: longer runs of digits would look secret."""
+        members = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "waits_s"}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in members.items()}
 
 
 class Bounds(Protocol):

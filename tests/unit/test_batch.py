@@ -147,3 +147,12 @@ def test_a_batch_needs_a_member(rng: random.Random) -> None:
     """Nothing is sealed, and so nothing signed, for nobody."""
     with pytest.raises(ValueError, match="member"):
         sealed([], rng)
+
+
+def test_durations_of_a_batch_event_are_short() -> None:
+    """Twenty digits in a row would look like a secret in a log."""
+    report = BatchReport(
+        batch_id="1", requests=1, refused=0, tree_size=16, tpm_quotes=1, waited_s=0.00015628300025127828,
+        sealing_s=0.1, quote_s=0.2, waiting=0, outcome="quoted",
+    )  # fmt: skip
+    assert report.event()["waited_s"] == 0.000156
