@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.bench import Result
 from harness.bench_context import answered, ended, quantile, sample_of, windows
 from harness.bench_machine import busy_share
-from harness.bench_memory import slow_chip
+from harness.bench_memory import Growth, memory_rows, slow_chip
 from harness.bench_orders import Outcome
 from harness.bench_process import CpuWatch, cpu_s, memory_bytes, peak_bytes
 from harness.bench_profile import by_function, by_library
@@ -112,3 +113,18 @@ def test_a_slow_chip_is_slow_in_its_quotes_only(tmp_path: Path) -> None:
     assert slow.commands == usual.commands
     quick = next(iter(changed))
     assert slow.latency(None, quick).p50 == 3000  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("idle", "shown"), [(300, True), (40, False)])
+def test_tls_buffers_are_taken_off_only_where_they_can_be_in_it(idle: int, shown: bool) -> None:
+    """A service whose connections are smaller than the yardstick's TLS buffers has other ones: no row is made up."""
+    ours, bare, plain = (Growth({}, []) for _ in range(3))
+    for grown, size in ((ours, idle), (bare, 290), (plain, 6)):
+        grown.idle, grown.waiting = [1024.0 * size] * 5, [10_240.0] * 5
+    result = Result(benchmark="b")
+    memory_rows(result, 10, ours, bare, plain)
+    rows = {each.row.name: each.row for each in result.measured}
+    name = "memory per waiting request at 10 waiters, without TLS buffers"
+    assert (name in rows) is shown
+    assert not shown or (rows[name].value, rows[name].baseline) == (26.0, 16.0)
+    assert rows["TLS buffers of a connection"].value == 284.0
