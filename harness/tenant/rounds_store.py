@@ -114,6 +114,7 @@ class RoundWriter:
                 else:
                     await self._turn.wait()
         finally:
+            write.over = True  # also for whoever has taken it and puts back what it could not write
             if write in self._waiting:
                 self._waiting.remove(write)
         if write.error is not None:
@@ -136,13 +137,16 @@ class RoundWriter:
             if len(taken) == 1:
                 _over(taken, error)
             else:
-                self._waiting = taken + self._waiting
+                self._put_back(taken)
         except BaseException:  # our own cancellation: what was not written is for the others to write
-            self._waiting = [write for write in taken if not write.over] + self._waiting
+            self._put_back(taken)
             raise
         finally:
             self._turn = None
             turn.set()
+
+    def _put_back(self, taken: Sequence[_Write]) -> None:
+        self._waiting = [write for write in taken if not write.over] + self._waiting
 
     async def _commit(self, writes: Sequence[_Write]) -> None:
         clocks = self._clocks.unstored()

@@ -156,6 +156,22 @@ async def test_a_session_that_is_cancelled_while_it_waits_takes_its_write_back(d
     assert (await rounds_in(database))[:2] == [1, 0]
 
 
+async def test_a_write_that_has_to_be_made_again_is_not_made_for_a_session_that_has_ended(database: Store) -> None:
+    """It was in a transaction that failed by a bug of another's: the others are written again, it is not."""
+    gated, records = await opened(database)
+    gated.gate.clear()
+    gated.faults = [RuntimeError("bug")]
+    tasks = [begin(records, agent_id) for agent_id in IDS[:3]]
+    async with asyncio.timeout(WAIT_S):
+        await gated.inside.wait()
+    tasks[1].cancel()
+    await settle()
+    gated.gate.set()
+    ended = await all_of(tasks)
+    assert isinstance(ended[1], asyncio.CancelledError)
+    assert (await rounds_in(database))[:3] == [1, 0, 1]
+
+
 async def test_a_database_that_refuses_tells_everybody_who_waited(database: Store) -> None:
     """Each session learns it, keeps what it has to store, and stores it later; the clocks are not forgotten."""
     gated, records = await opened(database)
