@@ -41,7 +41,7 @@ from harness.config import TlsSettings
 from harness.errors import AccessDenied, CertificateRefused, ConfigError, MalformedMessage, StoreError
 from harness.pki import TENANT_ROLES, Role, load_certificate, now, public_key_of
 from harness.private_file import write_private
-from harness.tls import authority_of, expired, role_and_name
+from harness.tls import Peer, authority_of, expired, role_and_name
 
 Audit = Callable[[AuditEntry], Awaitable[None]]
 """Keeps an entry of the audit trail, before the act; raises StoreError when it cannot."""
@@ -113,6 +113,19 @@ class OwnCertificate:
         except AccessDenied:
             return None
         return Role.TENANT_OPERATOR if role in TENANT_ROLES else Role.PROVIDER_OPERATOR
+
+    def check_operator(self, peer: Peer, refusal: str) -> None:
+        """Checks that a peer is an operator of the service's own authority.
+
+        Args:
+            peer: who calls.
+            refusal: what others are told.
+
+        Raises:
+            AccessDenied: it is not.
+        """
+        if peer.role != self.operator or peer.authority != self.authority:
+            raise AccessDenied(refusal)
 
     @property
     def name(self) -> str:

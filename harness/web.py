@@ -190,8 +190,7 @@ def _common_routes(service: str, health: Health, audit: Audit) -> list[Route]:
 
     async def renew(request: web.Request) -> object:
         own, peer = request.app[_OWN], peer_of(request)
-        if peer.role != own.operator or peer.authority != own.authority:
-            raise AccessDenied("a certificate is renewed by an operator of the service's own authority")
+        own.check_operator(peer, "a certificate is renewed by an operator of the service's own authority")
         body = await read_object(request, members={"certificate", "reason"})
         if not isinstance(body.get("certificate"), str):
             raise MalformedMessage("certificate must be PEM text")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from harness.errors import AccessDenied, MalformedMessage, MessageTooLarge, NotFound
+from harness.errors import MalformedMessage, MessageTooLarge, NotFound
 from harness.health import OK, Health
 from harness.metrics import CONTENT_TYPE, OTHER, Metrics
 from harness.own_certificate import OwnCertificate
@@ -66,8 +66,7 @@ async def figures(metrics: Metrics, health: Health, own: OwnCertificate, peer: P
 
     *Cancellation:* nothing has changed.
     """
-    if peer.role != own.operator or peer.authority != own.authority:
-        raise AccessDenied("the metrics are for an operator of the service's own authority")
+    own.check_operator(peer, "the metrics are for an operator of the service's own authority")
     report = await health.report(in_full=False)
     metrics.checked({name: said == OK for name, said in report.checks.items()})
     body = await asyncio.to_thread(metrics.snapshot().text)

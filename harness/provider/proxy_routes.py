@@ -87,11 +87,6 @@ class Proxy:
         self._refusals.follow(tenants)
 
     @property
-    def refusals(self) -> Mapping[str, int]:
-        """How many calls were refused or failed, by the error's name."""
-        return self._refusals.counts
-
-    @property
     def routes(self) -> list[Route]:
         """Calls of tenants."""
         verifier = {Role.TENANT_VERIFIER}
