@@ -29,6 +29,7 @@ from harness.provider.stream_link import HostLink
 from harness.tenant.appraisal import Accepted, Rejected
 from harness.values import HashAlg
 from tests.support.batching import WAIT_S
+from tests.support.figures import figures
 from tests.support.pendings import a_request, agent, allow
 from tests.support.provider_lab import ProviderLab, Tenant, provider_lab
 from tests.support.tpms import short_folder
@@ -289,4 +290,4 @@ async def test_malformed_requests_never_reach_the_host(folder: Path) -> None:
         with pytest.raises(PeerRefusedUs, match="unknown parameter"):
             await alice.client.get("/v1/verifier", [("nonce", "00" * 32), ("root", "00" * 32)])
         assert slow.quotes == 0
-        assert lab.proxy.refusals == {MalformedMessage.__name__: 1}
+        assert figures(lab.metrics).refusals() == {MalformedMessage.__name__: 1}

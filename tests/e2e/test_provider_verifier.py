@@ -35,6 +35,7 @@ from harness.tenant.appraisal import Accepted
 from harness.tls import certificate_requester
 from harness.values import HostId
 from tests.support.batching import WAIT_S
+from tests.support.figures import figures
 from tests.support.pendings import a_request, agent, allow
 from tests.support.provider_lab import CA_CERTIFICATE, ProviderLab, Tenant, provider_lab
 from tests.support.tpms import short_folder
@@ -212,7 +213,7 @@ async def test_refusals_are_typed_and_counted(lab: ProviderLab) -> None:
         await bob.ask(a_request(pcrs=[0, 7]).request)
     with pytest.raises(AccessDenied):
         await alice.client.get("/v1/verifier", host_query(HostId(agent(5))))
-    assert lab.proxy.refusals == {"NotYourGuest": 2, "SelectionNotAllowed": 1, "AccessDenied": 1}
+    assert figures(lab.metrics).refusals() == {"NotYourGuest": 2, "SelectionNotAllowed": 1, "AccessDenied": 1}
     await alice.client.close()
     await bob.client.close()
 

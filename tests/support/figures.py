@@ -25,6 +25,14 @@ class Figures:
         wanted = labels.items()
         return sum(value for (of, having), value in self.samples.items() if of == name and wanted <= having)
 
+    def refusals(self) -> dict[str, float]:
+        """How many calls were refused or failed, by reason."""
+        found = {
+            labels["reason"]: self.sum("harness_refusals_total", **labels)
+            for labels in self.labels("harness_refusals_total")
+        }
+        return {reason: count for reason, count in found.items() if count}
+
     def labels(self, name: str) -> list[dict[str, str]]:
         """Labels of all series of a metric."""
         return [dict(having) for of, having in self.samples if of == name]
